@@ -1,0 +1,131 @@
+// Package fail is the catalogue of ways pgkeep can fail that somebody acts on:
+// a retry policy, a script reading the exit status, or an operator. Every other
+// error is just an error.
+package fail
+
+import "errors"
+
+// A Kind is a class of failure. It is an error itself, so that code makes one
+// with fmt.Errorf("...: %w", kind) and tests for one with errors.Is.
+type Kind string
+
+const (
+	// Unknown is the kind of an error that has none. It is retried.
+	Unknown Kind = ""
+
+	BadConfig Kind = "bad-config"
+
+	WrongSystem Kind = "wrong-system" // the repository belongs to another cluster
+	NoBackup    Kind = "no-backup"
+	Corrupt     Kind = "corrupt"
+	Untrusted   Kind = "untrusted"   // not signed, or by a key that is not pinned
+	NoKey       Kind = "no-key"      // encrypted, and no key here opens it
+	Unsupported Kind = "unsupported" // written by a newer pgkeep
+	NotEmpty    Kind = "not-empty"   // the restore target holds something already
+
+	AlreadyRunning Kind = "already-running"
+
+	StoreDown   Kind = "store-down"
+	StoreDenied Kind = "store-denied"
+	StoreUnfit  Kind = "store-unfit" // lacks what create-only needs
+
+	PGDown     Kind = "pg-down"
+	PGDenied   Kind = "pg-denied"
+	PGVersion  Kind = "pg-version" // client programs missing, or older than the server
+	PGSettings Kind = "pg-settings"
+	NoSpace    Kind = "no-space"
+	ClockSkew  Kind = "clock-skew"
+	Stalled    Kind = "stalled" // a child process made no progress
+	DumpFailed Kind = "dump-failed"
+
+	TemporalDown Kind = "temporal-down"
+	Stopping     Kind = "stopping" // the worker was told to stop
+	Cancelled    Kind = "cancelled"
+)
+
+// kinds is the one place that says what a kind means to the outside.
+// docs/ERRORS.md lists the same rows; a test compares the two. No status is
+// above 125: PostgreSQL takes those of an archive command for a crash.
+var kinds = map[Kind]row{
+	Unknown:        {exit: 1, retry: true},
+	BadConfig:      {exit: 2, hint: "see pgkeep --help, and pgkeep config show for the settings in force"},
+	WrongSystem:    {exit: 10, hint: "is this the repository of another cluster, or was initdb run again? Give the new cluster its own name"},
+	NoBackup:       {exit: 13, hint: "pgkeep list shows what there is"},
+	Corrupt:        {exit: 14, hint: "run pgkeep verify to see what else is damaged, and restore from another backup"},
+	Untrusted:      {exit: 15, hint: "if you know that signer, pin it under keys.trusted_signers; if not, somebody else wrote this"},
+	NoKey:          {exit: 16, hint: "name the file with an operator's age identity under keys.identity; pgkeep key check shows which keys open what"},
+	Unsupported:    {exit: 17, hint: "install the version of pgkeep named above, or a newer one"},
+	NotEmpty:       {exit: 18, hint: "restore under another name with --to, or allow it with --into-existing"},
+	AlreadyRunning: {exit: 19, hint: "pgkeep ps shows the run; wait for it, or stop it with pgkeep cancel"},
+	StoreDown:      {exit: 20, retry: true, hint: "pgkeep keeps trying; check the endpoint, its name in DNS and its certificate"},
+	StoreDenied:    {exit: 21, hint: "check the access key and what its policy allows on this bucket and prefix"},
+	StoreUnfit:     {exit: 22, hint: "pgkeep needs a store with conditional writes (If-None-Match) and strong reads after writes"},
+	PGDown:         {exit: 30, retry: true, hint: "is PostgreSQL running, and is the conninfo of the cluster right?"},
+	PGDenied:       {exit: 31, hint: "check pg_hba.conf, the password file and the rights of the backup role"},
+	PGVersion:      {exit: 32, hint: "install the client programs of the server's major version, or name their directory as bin_dir"},
+	PGSettings:     {exit: 33},
+	NoSpace:        {exit: 34, hint: "free space, or put spool on a larger file system"},
+	ClockSkew:      {exit: 35, hint: "set the clock of this host, with chrony or systemd-timesyncd"},
+	Stalled:        {exit: 36, retry: true, hint: "look for lock waits in pg_stat_activity, and at the load of the server"},
+	DumpFailed:     {exit: 37, retry: true, hint: "the worker's log holds what pg_dump said"},
+	TemporalDown:   {exit: 40, retry: true, hint: "is the Temporal server up? list, show, verify and restore work without it"},
+	Stopping:       {exit: 41, retry: true},
+	Cancelled:      {exit: 42},
+}
+
+type row struct {
+	exit  int
+	retry bool
+	hint  string
+}
+
+func (k Kind) Error() string { return string(k) }
+
+// ExitStatus is the process exit status for an error of kind k.
+func (k Kind) ExitStatus() int { return kinds[k].exit }
+
+// Retry reports whether trying again, with nothing changed, may help.
+func (k Kind) Retry() bool { return kinds[k].retry }
+
+// KindOf returns the kind of err, also when err has crossed a process boundary
+// as a Temporal application error, whose Type is the kind. A nil err and one
+// without a kind are Unknown.
+func KindOf(err error) Kind {
+	if k, ok := errors.AsType[Kind](err); ok {
+		return k
+	}
+	var remote interface {
+		error
+		Type() string
+	}
+	if errors.As(err, &remote) {
+		if _, ok := kinds[Kind(remote.Type())]; ok {
+			return Kind(remote.Type())
+		}
+	}
+	return Unknown
+}
+
+// Hint attaches advice for the operator to err, better than the one its kind
+// has. Advice is not part of err.Error(): it is printed on its own line.
+func Hint(err error, advice string) error {
+	if err == nil {
+		return nil
+	}
+	return &hinted{err, advice}
+}
+
+type hinted struct {
+	error
+	advice string
+}
+
+func (h *hinted) Unwrap() error { return h.error }
+
+// HintOf returns the advice attached to err, or else that of its kind, or "".
+func HintOf(err error) string {
+	if h, ok := errors.AsType[*hinted](err); ok {
+		return h.advice
+	}
+	return kinds[KindOf(err)].hint
+}
