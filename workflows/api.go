@@ -1,0 +1,48 @@
+// Package workflows says what happens in which order, and what if not. This
+// file holds the names that callers, workers and schedules must agree on.
+package workflows
+
+import "go.temporal.io/sdk/temporal"
+
+// Queue is the task queue of workflows, and of activities that need nothing but
+// the repository. Any worker serves it.
+const Queue = "pgkeep"
+
+// HostQueue is the task queue of activities that must run on host.
+func HostQueue(host string) string { return "pgkeep-host-" + host }
+
+// Workflow types. They stand in histories and schedules: never rename one.
+const (
+	ScheduledName     = "pgkeep.Scheduled"
+	LogicalBackupName = "pgkeep.LogicalBackup"
+)
+
+// TypePrefix begins the name of every workflow type of pgkeep.
+const TypePrefix = "pgkeep."
+
+// Logical is the kind of a backup made with pg_dump.
+const Logical = "logical"
+
+// BackupWorkflowID is the one workflow id under which backups of that kind of
+// that cluster run. Temporal runs at most one workflow of an id at a time: this
+// is what keeps two backups of one cluster apart.
+func BackupWorkflowID(cluster, kind string) string { return "pgkeep/" + cluster + "/" + kind }
+
+// ScheduledRequest is what a schedule hands to the workflow it starts.
+type ScheduledRequest struct {
+	Cluster string `json:"cluster"`
+	Kind    string `json:"kind"`
+	Host    string `json:"host"` // whose worker takes the backup
+}
+
+// Search attributes. "pgkeep init" registers them; without them everything works
+// except the search.
+var (
+	PgkeepCluster  = temporal.NewSearchAttributeKeyKeyword("PgkeepCluster")
+	PgkeepHost     = temporal.NewSearchAttributeKeyKeyword("PgkeepHost")
+	PgkeepKind     = temporal.NewSearchAttributeKeyKeyword("PgkeepKind")
+	PgkeepBackupID = temporal.NewSearchAttributeKeyKeyword("PgkeepBackupID")
+	PgkeepStage    = temporal.NewSearchAttributeKeyKeyword("PgkeepStage")
+	PgkeepOutcome  = temporal.NewSearchAttributeKeyKeyword("PgkeepOutcome")
+	PgkeepBytes    = temporal.NewSearchAttributeKeyInt64("PgkeepBytes")
+)
