@@ -3,7 +3,12 @@
 // error is just an error.
 package fail
 
-import "errors"
+import (
+	"cmp"
+	"errors"
+	"maps"
+	"slices"
+)
 
 // A Kind is a class of failure. It is an error itself, so that code makes one
 // with fmt.Errorf("...: %w", kind) and tests for one with errors.Is.
@@ -47,36 +52,45 @@ const (
 // docs/ERRORS.md lists the same rows; a test compares the two. No status is
 // above 125: PostgreSQL takes those of an archive command for a crash.
 var kinds = map[Kind]row{
-	Unknown:        {exit: 1, retry: true},
-	BadConfig:      {exit: 2, hint: "see pgkeep --help, and pgkeep config show for the settings in force"},
-	WrongSystem:    {exit: 10, hint: "is this the repository of another cluster, or was initdb run again? Give the new cluster its own name"},
-	NoBackup:       {exit: 13, hint: "pgkeep list shows what there is"},
-	Corrupt:        {exit: 14, hint: "run pgkeep verify to see what else is damaged, and restore from another backup"},
-	Untrusted:      {exit: 15, hint: "if you know that signer, pin it under keys.trusted_signers; if not, somebody else wrote this"},
-	NoKey:          {exit: 16, hint: "name the file with an operator's age identity under keys.identity; pgkeep key check shows which keys open what"},
-	Unsupported:    {exit: 17, hint: "install the version of pgkeep named above, or a newer one"},
-	NotEmpty:       {exit: 18, hint: "restore under another name with --to, or allow it with --into-existing"},
-	AlreadyRunning: {exit: 19, hint: "pgkeep ps shows the run; wait for it, or stop it with pgkeep cancel"},
-	StoreDown:      {exit: 20, retry: true, hint: "pgkeep keeps trying; check the endpoint, its name in DNS and its certificate"},
-	StoreDenied:    {exit: 21, hint: "check the access key and what its policy allows on this bucket and prefix"},
-	StoreUnfit:     {exit: 22, hint: "pgkeep needs a store with conditional writes (If-None-Match) and strong reads after writes"},
-	PGDown:         {exit: 30, retry: true, hint: "is PostgreSQL running, and is the conninfo of the cluster right?"},
-	PGDenied:       {exit: 31, hint: "check pg_hba.conf, the password file and the rights of the backup role"},
-	PGVersion:      {exit: 32, hint: "install the client programs of the server's major version, or name their directory as bin_dir"},
-	PGSettings:     {exit: 33},
-	NoSpace:        {exit: 34, hint: "free space, or put spool on a larger file system"},
-	ClockSkew:      {exit: 35, hint: "set the clock of this host, with chrony or systemd-timesyncd"},
-	Stalled:        {exit: 36, retry: true, hint: "look for lock waits in pg_stat_activity, and at the load of the server"},
-	DumpFailed:     {exit: 37, retry: true, hint: "the worker's log holds what pg_dump said"},
-	TemporalDown:   {exit: 40, retry: true, hint: "is the Temporal server up? list, show, verify and restore work without it"},
-	Stopping:       {exit: 41, retry: true},
-	Cancelled:      {exit: 42},
+	Unknown:        {exit: 1, retry: true, means: "an error that fits no other line; its text is all there is"},
+	BadConfig:      {exit: 2, means: "the configuration, a flag or an argument is wrong", hint: "see pgkeep --help, and pgkeep config show for the settings in force"},
+	WrongSystem:    {exit: 10, means: "the repository belongs to another PostgreSQL cluster than the one at hand", hint: "is this the repository of another cluster, or was initdb run again? Give the new cluster its own name"},
+	NoBackup:       {exit: 13, means: "there is no such backup, or none that serves the request", hint: "pgkeep list shows what there is"},
+	Corrupt:        {exit: 14, means: "what is stored is not what was written: a digest differs, or something is missing", hint: "run pgkeep verify to see what else is damaged, and restore from another backup"},
+	Untrusted:      {exit: 15, means: "a manifest is not signed, or its signer is not pinned here", hint: "if you know that signer, pin it under keys.trusted_signers; if not, somebody else wrote this"},
+	NoKey:          {exit: 16, means: "the data is encrypted, and no identity given here opens it", hint: "name the file with an operator's age identity under keys.identity; pgkeep key check shows which keys open what"},
+	Unsupported:    {exit: 17, means: "the object was written by a newer pgkeep", hint: "install the version of pgkeep named above, or a newer one"},
+	NotEmpty:       {exit: 18, means: "the place to restore into holds something already", hint: "restore under another name with --to, or allow it with --into-existing"},
+	AlreadyRunning: {exit: 19, means: "another backup of this cluster is running", hint: "pgkeep ps shows the run; wait for it, or stop it with pgkeep cancel"},
+	StoreDown:      {exit: 20, retry: true, means: "the object store does not answer, or says that it is overloaded", hint: "pgkeep keeps trying; check the endpoint, its name in DNS and its certificate"},
+	StoreDenied:    {exit: 21, means: "the object store refuses the credentials or the request", hint: "check the access key and what its policy allows on this bucket and prefix"},
+	StoreUnfit:     {exit: 22, means: "the object store lacks what objects that are never replaced need", hint: "pgkeep needs a store with conditional writes (If-None-Match) and strong reads after writes"},
+	PGDown:         {exit: 30, retry: true, means: "PostgreSQL does not answer, or went away in the middle", hint: "is PostgreSQL running, and is the conninfo of the cluster right?"},
+	PGDenied:       {exit: 31, means: "PostgreSQL refuses the login, or a right is missing", hint: "check pg_hba.conf, the password file and the rights of the backup role"},
+	PGVersion:      {exit: 32, means: "the client programs are missing, or older than the server", hint: "install the client programs of the server's major version, or name their directory as bin_dir"},
+	PGSettings:     {exit: 33, means: "a setting of the server stands in the way; the message names it"},
+	NoSpace:        {exit: 34, means: "the disk is full, or too small for what is to come", hint: "free space, or put spool on a larger file system"},
+	ClockSkew:      {exit: 35, means: "the clocks of this host and of the object store are too far apart", hint: "set the clock of this host, with chrony or systemd-timesyncd"},
+	Stalled:        {exit: 36, retry: true, means: "a child process made no progress for too long and was ended", hint: "look for lock waits in pg_stat_activity, and at the load of the server"},
+	DumpFailed:     {exit: 37, retry: true, means: "pg_dump or pg_dumpall ended with an error", hint: "the worker's log holds what pg_dump said"},
+	TemporalDown:   {exit: 40, retry: true, means: "the Temporal server does not answer", hint: "is the Temporal server up? list, show, verify and restore work without it"},
+	Stopping:       {exit: 41, retry: true, means: "the worker was told to stop; another attempt goes on from here"},
+	Cancelled:      {exit: 42, means: "somebody cancelled it"},
 }
 
 type row struct {
 	exit  int
 	retry bool
+	means string
 	hint  string
+}
+
+// Kinds returns the whole catalogue in the order of exit statuses, Unknown
+// included.
+func Kinds() []Kind {
+	return slices.SortedFunc(maps.Keys(kinds), func(a, b Kind) int {
+		return cmp.Compare(kinds[a].exit, kinds[b].exit)
+	})
 }
 
 func (k Kind) Error() string { return string(k) }
@@ -86,6 +100,9 @@ func (k Kind) ExitStatus() int { return kinds[k].exit }
 
 // Retry reports whether trying again, with nothing changed, may help.
 func (k Kind) Retry() bool { return kinds[k].retry }
+
+// Meaning says in one sentence what happened.
+func (k Kind) Meaning() string { return kinds[k].means }
 
 // KindOf returns the kind of err, also when err has crossed a process boundary
 // as a Temporal application error, whose Type is the kind. A nil err and one
