@@ -1,0 +1,53 @@
+# Everything one does with this repository. "make" lists it.
+
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+FUZZTIME ?= 30s
+
+SERVER  := cmd/pgkeep-server
+MODULES := . $(SERVER) tools
+
+# Tools are pinned in tools/go.mod; the go command builds and caches them.
+tool = $$(go -C tools tool -n $(1))
+
+.PHONY: help check test fuzz update demo bench build clean setup
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+check: ## what needs no service: format, vet, staticcheck, workflowcheck, tidy modules, no skipped test
+	@test -z "$$(gofmt -l . | tee /dev/stderr)"
+	@! grep -rnE '\b[tbf]\.Skip(f|Now)?\(' --include='*_test.go' .
+	go vet ./...
+	go -C $(SERVER) vet ./...
+	$(call tool,staticcheck) ./...
+	tool=$(call tool,staticcheck) && cd $(SERVER) && $$tool ./...
+	$(call tool,workflowcheck) ./...
+	for m in $(MODULES); do go -C $$m mod tidy -diff || exit; done
+
+test: setup ## every test, on a real PostgreSQL, S3 and Temporal, with the race detector
+	go test -race -timeout 15m ./...
+	go -C $(SERVER) test -race -timeout 15m ./...
+	PGKEEP_TEST_STICKY_CACHE=0 go test -race -count 1 -timeout 15m ./workflows/... ./worker/...
+
+fuzz: ## every fuzz test for FUZZTIME (30s)
+	@grep -roE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]+' . | sed 's/\/[^/]*:func / /' | \
+	while read -r pkg name; do go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$pkg" || exit; done
+
+update: ## write the files that tests compare with the code
+	go test $$(grep -rlE --include='*_test.go' 'flag\.Bool\("update"' . | xargs -n1 dirname | sort -u) -update
+
+demo: setup ## back up, verify and restore a database on embedded parts, and show it
+	go run ./internal/demo
+
+bench: setup ## throughput and memory of an upload, against zstd -1 -T0
+	go run ./internal/bench
+
+build: ## static programs in bin/
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/pgkeep
+	CGO_ENABLED=0 go -C $(SERVER) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o ../../bin/pgkeep-server .
+
+clean: ## remove what the others made
+	rm -rf bin .lab
+
+setup:
+	@tools/setup
