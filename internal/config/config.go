@@ -1,0 +1,247 @@
+package config
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/suggest"
+)
+
+// DefaultFile is where the configuration is looked for if nobody says where.
+const DefaultFile = "/etc/pgkeep/pgkeep.yaml"
+
+// Config is the whole configuration of pgkeep on one host. Load makes one that
+// is complete and checked; its zero value is neither. The comments of the
+// fields are the text of docs/CONFIG.md.
+type Config struct {
+	// Where backups are kept.
+	Repository Repository `yaml:"repository"`
+	// The keys that sign, encrypt and open backups.
+	Keys Keys `yaml:"keys"`
+	// The Temporal server that runs the workflows. What is not set here comes from Temporal's own environment configuration: `TEMPORAL_ADDRESS`, `TEMPORAL_API_KEY`, `TEMPORAL_TLS_…`, or its file `temporal.toml`.
+	Temporal Temporal `yaml:"temporal"`
+	// The name of this host, and of its task queue `pgkeep-host-<host>`. If not set, the name that the operating system gives.
+	Host Host `yaml:"host"`
+	// The directory for what is on its way to the repository: dumps, and packs not yet sent. It needs room for the largest dump.
+	Spool Path `yaml:"spool" default:"/var/lib/pgkeep/spool"`
+	// What pgkeep says while it works, on standard error.
+	Log Log `yaml:"log"`
+	// The PostgreSQL clusters to back up, by name. The name stands in object keys and workflow ids: lower-case letters, digits, `_` and `-`, at most 63 bytes.
+	Clusters map[Name]Cluster `yaml:"clusters"`
+	// The backups that Temporal starts by itself; `pgkeep schedule apply` makes the server follow this list. At most one for each cluster and kind.
+	Schedules []Schedule `yaml:"schedules"`
+
+	file    string
+	sources map[string]Source
+}
+
+// Repository says where the repository is, and how to get in.
+type Repository struct {
+	// A bucket with a prefix, `s3://bucket/prefix`, or a directory, `file:///srv/backup`.
+	URL Location `yaml:"url"`
+	// The S3 service. If not set, the one of Amazon in `region`.
+	Endpoint WebURL `yaml:"endpoint"`
+	// The region to sign requests for.
+	Region string `yaml:"region" default:"us-east-1"`
+	// Whether the bucket's name stands in the path (`always`) or in the host name (`never`) of a request; `auto` is `always` where `endpoint` is set.
+	PathStyle PathStyle `yaml:"path_style" default:"auto"`
+	// A file of PEM certificates to trust for `endpoint`, in place of the system's.
+	CAFile Path `yaml:"ca_file"`
+	// The S3 access key. If not set, the AWS SDK looks for credentials in its usual places.
+	AccessKeyID string `yaml:"access_key_id"`
+	// A file that holds the secret of `access_key_id`, and nothing else. Others must not be able to read it.
+	SecretAccessKeyFile Path `yaml:"secret_access_key_file"`
+	// The secret itself, in place of the file.
+	SecretAccessKey Secret `yaml:"secret_access_key"`
+	// How backups are encrypted: `age`, or `none` for no encryption at all.
+	Encryption Encryption `yaml:"encryption" default:"age"`
+}
+
+// Keys names the files with keys that this host has. A host that only takes
+// backups has no Identity.
+type Keys struct {
+	// The file with this host's Ed25519 key, which signs what the host writes.
+	SigningKey Path `yaml:"signing_key"`
+	// The file with the age identity that opens block ids and file lists, and no data.
+	MetadataIdentity Path `yaml:"metadata_identity"`
+	// The file with an operator's age identity, which opens backups. Only where they are restored or verified.
+	Identity Path `yaml:"identity"`
+	// The age recipients of the operators: whoever has the identity of one can open backups.
+	Recipients []string `yaml:"recipients"`
+	// The public keys of the hosts whose backups may be restored, as `pgkeep key check` prints them.
+	TrustedSigners []string `yaml:"trusted_signers"`
+}
+
+// Temporal says which Temporal server to talk to.
+type Temporal struct {
+	// The server, `host:port`. If not set here nor in Temporal's configuration, `localhost:7233`.
+	Address HostPort `yaml:"address"`
+	// The namespace. If not set here nor in Temporal's configuration, `pgkeep`.
+	Namespace string `yaml:"namespace"`
+	// The profile of `temporal.toml` to use.
+	Profile string `yaml:"profile"`
+	// The Temporal Web UI, for the links that pgkeep prints. If not set, port 8233 of a server on this host, or Temporal Cloud's for a server there.
+	UIURL WebURL `yaml:"ui_url"`
+}
+
+// Log says how much to log, and how it looks.
+type Log struct {
+	// The least level that is shown: `debug`, `info`, `warn` or `error`.
+	Level LogLevel `yaml:"level" default:"info"`
+	// `text` for people, `json` for machines.
+	Format LogFormat `yaml:"format" default:"text"`
+}
+
+// Cluster is one PostgreSQL cluster.
+type Cluster struct {
+	// How to connect, as libpq takes it: `host=/run/postgresql user=backup`, or a `postgresql://` URL. No password: that belongs into `password_file`.
+	Conninfo Conninfo `yaml:"conninfo" required:"true"`
+	// A file that holds the password of the user in `conninfo`, and nothing else. Others must not be able to read it.
+	PasswordFile Path `yaml:"password_file"`
+	// The directory of `pg_dump` and its like. If not set, the newest that is installed and fits the server.
+	BinDir Path `yaml:"bin_dir"`
+	// The host whose worker backs this cluster up. If not set, this one.
+	Host Host `yaml:"host"`
+	// How logical backups are taken.
+	Logical Logical `yaml:"logical"`
+}
+
+// Logical says how logical backups of a cluster are taken.
+type Logical struct {
+	// The databases to dump. If empty, all that allow connections.
+	Databases []string `yaml:"databases"`
+	// Databases not to dump.
+	Exclude []string `yaml:"exclude"`
+	// How many tables of a database to dump at once.
+	Jobs int `yaml:"jobs" default:"2"`
+	// Whether to dump the password hashes of roles too. That needs a superuser.
+	RolePasswords bool `yaml:"role_passwords" default:"false"`
+	// After how long without progress a dump is ended and begun anew.
+	StallTimeout time.Duration `yaml:"stall_timeout" default:"10m"`
+	// How long to wait for the locks of a database's tables.
+	LockWait time.Duration `yaml:"lock_wait" default:"5m"`
+}
+
+// Schedule is one backup that Temporal starts at certain times.
+type Schedule struct {
+	// The cluster to back up, one of `clusters`.
+	Cluster Name `yaml:"cluster" required:"true"`
+	// The kind of backup: `logical`.
+	Kind Kind `yaml:"kind" default:"logical"`
+	// When to start, as five fields: minute, hour, day of month, month, day of week. If both days are restricted, both must match. Or `@hourly`, `@daily`, `@weekly`, `@monthly`, `@every 6h`.
+	Cron Cron `yaml:"cron" required:"true"`
+	// The time zone of `cron`, as `Europe/Berlin`. In most zones 02:30 is missing once a year, and occurs twice once a year.
+	TimeZone TimeZone `yaml:"time_zone" default:"UTC"`
+	// The start is delayed by a random part of this, so that many clusters do not start at one moment.
+	Jitter time.Duration `yaml:"jitter" default:"10m"`
+	// A start missed because the Temporal server was down is made up for, if it is not longer ago than this. At least 10s.
+	CatchupWindow time.Duration `yaml:"catchup_window" default:"6h"`
+	// A run that takes longer is ended, so that it does not stand in the way of the next for ever.
+	RunTimeout time.Duration `yaml:"run_timeout" default:"24h"`
+}
+
+// File is the path of the file that was read, or "" if there was none.
+func (c *Config) File() string { return c.file }
+
+// Cluster returns the cluster called name, or an error that says which there
+// are.
+func (c *Config) Cluster(name string) (Cluster, error) {
+	if cluster, ok := c.Clusters[Name(name)]; ok {
+		return cluster, nil
+	}
+	var known []string
+	for _, n := range slices.Sorted(maps.Keys(c.Clusters)) {
+		known = append(known, string(n))
+	}
+	err := Errorf("no cluster %q in the configuration%s", name, suggest.DidYouMean(name, known))
+	if len(known) == 0 {
+		return Cluster{}, fail.Hint(err, "describe it under clusters in "+c.where())
+	}
+	return Cluster{}, err
+}
+
+func (c *Config) where() string {
+	if c.file == "" {
+		return DefaultFile
+	}
+	return c.file
+}
+
+// Require fails unless the repository's address is known, and tells how to
+// give it.
+func (r Repository) Require() error {
+	if r.URL.IsZero() {
+		return fail.Hint(Errorf("repository.url is not set"), "name a bucket or a directory in the configuration file, or as PGKEEP_REPOSITORY_URL")
+	}
+	return nil
+}
+
+// Secret returns the secret of AccessKeyID: the one given, or else the content
+// of SecretAccessKeyFile. It is empty if neither is set.
+func (r Repository) Secret() (Secret, error) {
+	if r.SecretAccessKey.value != "" || r.SecretAccessKeyFile == "" {
+		return r.SecretAccessKey, nil
+	}
+	return ReadSecret(string(r.SecretAccessKeyFile))
+}
+
+// UsePathStyle reports whether requests name the bucket in their path.
+func (r Repository) UsePathStyle() bool {
+	return r.PathStyle == PathStyleAlways || r.PathStyle == PathStyleAuto && r.Endpoint != ""
+}
+
+// Password returns the content of PasswordFile, or an empty Secret if it is not
+// set.
+func (c Cluster) Password() (Secret, error) {
+	if c.PasswordFile == "" {
+		return Secret{}, nil
+	}
+	return ReadSecret(string(c.PasswordFile))
+}
+
+// Errorf makes an error of kind fail.BadConfig whose text is only what is said.
+func Errorf(format string, args ...any) error {
+	return &badConfig{fmt.Errorf(format, args...)}
+}
+
+type badConfig struct{ error }
+
+func (e *badConfig) Unwrap() []error { return []error{e.error, fail.BadConfig} }
+
+// check says what is wrong with a configuration whose every value is right by
+// itself.
+func (c *Config) check(problem func(path, format string, args ...any)) {
+	type run struct {
+		cluster Name
+		kind    Kind
+	}
+	seen := make(map[run]bool)
+	for i, s := range c.Schedules {
+		path := fmt.Sprintf("schedules[%d]", i)
+		if _, err := c.Cluster(string(s.Cluster)); err != nil && s.Cluster != "" {
+			problem(path+".cluster", "%w", err)
+		}
+		if s.Cluster != "" && seen[run{s.Cluster, s.Kind}] {
+			problem(path, "cluster %q has two schedules of kind %q", s.Cluster, s.Kind)
+		}
+		seen[run{s.Cluster, s.Kind}] = true
+		if s.CatchupWindow < 10*time.Second {
+			problem(path+".catchup_window", "catchup_window is %s, and must be 10s at least", FormatDuration(s.CatchupWindow))
+		}
+		if s.RunTimeout < time.Minute {
+			problem(path+".run_timeout", "run_timeout is %s, and must be 1m at least", FormatDuration(s.RunTimeout))
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.Clusters)) {
+		if jobs := c.Clusters[name].Logical.Jobs; jobs < 1 {
+			problem(fmt.Sprintf("clusters.%s.logical.jobs", name), "jobs is %d, and must be 1 at least", jobs)
+		}
+	}
+	r := c.Repository
+	if r.URL.Dir == "" && (r.AccessKeyID == "") != (r.SecretAccessKey.value == "" && r.SecretAccessKeyFile == "") {
+		problem("repository.access_key_id", "access_key_id and its secret belong together: set both or neither")
+	}
+}

@@ -1,0 +1,385 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/url"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	_ "time/tzdata" // time zones are checked the same way on every host
+)
+
+// A privateError says what is wrong with a text that may hold a secret: the
+// text is not to stand beside it.
+type privateError struct{ error }
+
+// A Name is the name of a cluster. It stands in object keys and workflow ids.
+type Name string
+
+var nameForm = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,62}$`)
+
+func (n *Name) UnmarshalText(b []byte) error {
+	if !nameForm.Match(b) {
+		return errors.New("want lower-case letters, digits, _ and -, at most 63, beginning with a letter or a digit")
+	}
+	*n = Name(b)
+	return nil
+}
+
+// A Host is the name of a host, as it stands in the name of its task queue.
+type Host string
+
+var hostForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$`)
+
+func (h *Host) UnmarshalText(b []byte) error {
+	if !hostForm.Match(b) {
+		return errors.New("want letters, digits, '.', '_' and '-'")
+	}
+	*h = Host(b)
+	return nil
+}
+
+// A Path is the absolute path of a file or directory.
+type Path string
+
+func (p *Path) UnmarshalText(b []byte) error {
+	if !filepath.IsAbs(string(b)) || strings.ContainsRune(string(b), 0) {
+		return errors.New("want an absolute path")
+	}
+	*p = Path(filepath.Clean(string(b)))
+	return nil
+}
+
+// A WebURL is an http or https URL without user, query and fragment, and
+// without a slash at its end.
+type WebURL string
+
+func (u *WebURL) UnmarshalText(b []byte) error {
+	parsed, err := url.Parse(string(b))
+	if err != nil || (parsed.Scheme != "https" && parsed.Scheme != "http") || parsed.Host == "" {
+		return errors.New("want https://host[:port]")
+	}
+	if parsed.User != nil || parsed.RawQuery != "" || parsed.Fragment != "" {
+		return privateError{errors.New("want https://host[:port], without user, query and fragment")}
+	}
+	*u = WebURL(strings.TrimRight(string(b), "/"))
+	return nil
+}
+
+// A HostPort is the address of a server.
+type HostPort string
+
+func (a *HostPort) UnmarshalText(b []byte) error {
+	host, port, err := net.SplitHostPort(string(b))
+	if n, perr := strconv.ParseUint(port, 10, 16); err != nil || perr != nil || n == 0 || host == "" || strings.ContainsAny(host, "/ ") {
+		return errors.New("want host:port")
+	}
+	*a = HostPort(b)
+	return nil
+}
+
+// A Location is where a repository is: under Prefix in Bucket, or in the
+// directory Dir. The zero Location is none.
+type Location struct {
+	Bucket string
+	Prefix string // without slashes at its ends; "" is the whole bucket
+	Dir    string // absolute; set if and only if Bucket is not
+}
+
+// IsZero reports whether no place is named.
+func (l Location) IsZero() bool { return l == Location{} }
+
+// String is the URL of l.
+func (l Location) String() string {
+	switch {
+	case l.IsZero():
+		return ""
+	case l.Dir != "":
+		return (&url.URL{Scheme: "file", Path: l.Dir}).String()
+	case l.Prefix == "":
+		return "s3://" + l.Bucket
+	}
+	return "s3://" + l.Bucket + "/" + l.Prefix
+}
+
+func (l Location) MarshalText() ([]byte, error) { return []byte(l.String()), nil }
+
+// S3 User Guide, "General purpose bucket naming rules". Other services allow
+// upper case and underscores, so these pass too.
+var bucketForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{1,62}$`)
+
+// Prefixes are held to characters that no service and no shell treats in a way
+// of its own.
+var prefixForm = regexp.MustCompile(`^[A-Za-z0-9._=+-]+(/[A-Za-z0-9._=+-]+)*$`)
+
+func (l *Location) UnmarshalText(b []byte) error {
+	const want = "want s3://bucket/prefix or file:///directory"
+	scheme, rest, ok := strings.Cut(string(b), "://")
+	switch {
+	case ok && scheme == "s3":
+		bucket, prefix, _ := strings.Cut(rest, "/")
+		prefix = strings.TrimRight(prefix, "/")
+		if !bucketForm.MatchString(bucket) {
+			return fmt.Errorf("%q is no name of a bucket: %s", bucket, want)
+		}
+		if prefix != "" && (!prefixForm.MatchString(prefix) || path.Clean(prefix) != prefix || strings.HasPrefix(prefix, "..")) {
+			return fmt.Errorf("prefix %q: want letters, digits and . _ - = + between single slashes", prefix)
+		}
+		*l = Location{Bucket: bucket, Prefix: prefix}
+		return nil
+	case ok && scheme == "file":
+		u, err := url.Parse(string(b))
+		if err != nil || u.Host != "" || !filepath.IsAbs(u.Path) || u.RawQuery != "" || u.Fragment != "" || strings.ContainsRune(u.Path, 0) {
+			return errors.New(want)
+		}
+		*l = Location{Dir: filepath.Clean(u.Path)}
+		return nil
+	}
+	return errors.New(want)
+}
+
+// A Conninfo is a libpq connection string without a password.
+type Conninfo string
+
+var passwordInConninfo = regexp.MustCompile(`(?i)(^|[\s?&])(ssl)?password\s*=`)
+
+var errPassword = privateError{errors.New("a password does not belong here: put it into a file, and name that as password_file")}
+
+func (c *Conninfo) UnmarshalText(b []byte) error {
+	s := string(b)
+	if u, err := url.Parse(s); err == nil && u.User != nil {
+		if _, ok := u.User.Password(); ok {
+			return errPassword
+		}
+	}
+	if passwordInConninfo.MatchString(s) {
+		return errPassword
+	}
+	if !strings.ContainsRune(s, '=') && !strings.HasPrefix(s, "postgres://") && !strings.HasPrefix(s, "postgresql://") {
+		return privateError{errors.New(`want "host=… user=…" or a postgresql:// URL`)}
+	}
+	*c = Conninfo(s)
+	return nil
+}
+
+// An Encryption is a way to encrypt backups.
+type Encryption string
+
+// The encryptions there are.
+const (
+	EncryptionAge  Encryption = "age"
+	EncryptionNone Encryption = "none"
+)
+
+func (e *Encryption) UnmarshalText(b []byte) error { return oneOf(e, b, EncryptionAge, EncryptionNone) }
+
+// A PathStyle says where a request to S3 names the bucket.
+type PathStyle string
+
+// The path styles there are.
+const (
+	PathStyleAuto   PathStyle = "auto"
+	PathStyleAlways PathStyle = "always"
+	PathStyleNever  PathStyle = "never"
+)
+
+func (p *PathStyle) UnmarshalText(b []byte) error {
+	return oneOf(p, b, PathStyleAuto, PathStyleAlways, PathStyleNever)
+}
+
+// A Kind is a kind of backup.
+type Kind string
+
+// KindLogical is a backup made with pg_dump.
+const KindLogical Kind = "logical"
+
+func (k *Kind) UnmarshalText(b []byte) error { return oneOf(k, b, KindLogical) }
+
+// A LogFormat is how log lines look.
+type LogFormat string
+
+// The log formats there are.
+const (
+	LogText LogFormat = "text"
+	LogJSON LogFormat = "json"
+)
+
+func (f *LogFormat) UnmarshalText(b []byte) error { return oneOf(f, b, LogText, LogJSON) }
+
+// A LogLevel is the least level of log lines that are shown.
+type LogLevel string
+
+// The log levels there are.
+const (
+	LogDebug LogLevel = "debug"
+	LogInfo  LogLevel = "info"
+	LogWarn  LogLevel = "warn"
+	LogError LogLevel = "error"
+)
+
+func (l *LogLevel) UnmarshalText(b []byte) error {
+	return oneOf(l, b, LogDebug, LogInfo, LogWarn, LogError)
+}
+
+// Level is l for log/slog. The zero LogLevel is info.
+func (l LogLevel) Level() slog.Level {
+	switch l {
+	case LogDebug:
+		return slog.LevelDebug
+	case LogWarn:
+		return slog.LevelWarn
+	case LogError:
+		return slog.LevelError
+	}
+	return slog.LevelInfo
+}
+
+func oneOf[T ~string](to *T, b []byte, words ...T) error {
+	if !slices.Contains(words, T(b)) {
+		if len(words) == 1 {
+			return fmt.Errorf("want %q", words[0])
+		}
+		var list []string
+		for _, w := range words[:len(words)-1] {
+			list = append(list, string(w))
+		}
+		return fmt.Errorf("want %s or %s", strings.Join(list, ", "), words[len(words)-1])
+	}
+	*to = T(b)
+	return nil
+}
+
+// A TimeZone is the name of a time zone, as in the IANA time zone database.
+type TimeZone string
+
+func (z *TimeZone) UnmarshalText(b []byte) error {
+	if _, err := time.LoadLocation(string(b)); err != nil || len(b) == 0 || string(b) == "Local" {
+		return errors.New("want the name of a time zone, as UTC or Europe/Berlin")
+	}
+	*z = TimeZone(b)
+	return nil
+}
+
+// A Cron says when a schedule starts: five fields, or a word that begins with
+// "@". See https://docs.temporal.io/schedule about how Temporal reads it.
+type Cron string
+
+var (
+	cronWords  = []string{"@yearly", "@annually", "@monthly", "@weekly", "@daily", "@midnight", "@hourly"}
+	cronFields = []struct {
+		name     string
+		low, top int
+		words    string // three letters each, in order from low
+	}{
+		{"minute", 0, 59, ""},
+		{"hour", 0, 23, ""},
+		{"day of month", 1, 31, ""},
+		{"month", 1, 12, "janfebmaraprmayjunjulaugsepoctnovdec"},
+		{"day of week", 0, 7, "sunmontuewedthufrisatsun"},
+	}
+)
+
+func (c *Cron) UnmarshalText(b []byte) error {
+	s := strings.Join(strings.Fields(string(b)), " ")
+	if err := checkCron(s); err != nil {
+		return err
+	}
+	*c = Cron(s)
+	return nil
+}
+
+func checkCron(s string) error {
+	if every, ok := strings.CutPrefix(s, "@every "); ok {
+		if d, err := ParseDuration(every); err != nil || d < time.Minute {
+			return errors.New("want @every with a duration of 1m at least, as @every 6h")
+		}
+		return nil
+	}
+	if strings.HasPrefix(s, "@") {
+		if !slices.Contains(cronWords, s) {
+			return fmt.Errorf("want one of %s, or @every 6h", strings.Join(cronWords, ", "))
+		}
+		return nil
+	}
+	if strings.Contains(s, "TZ=") {
+		return errors.New("the time zone has a key of its own, time_zone")
+	}
+	fields := strings.Fields(s)
+	if len(fields) != len(cronFields) {
+		return fmt.Errorf(`want five fields (minute, hour, day of month, month, day of week), as "30 1 * * *"; there are %d`, len(fields))
+	}
+	for i, f := range fields {
+		for part := range strings.SplitSeq(f, ",") {
+			if !cronPart(i, part) {
+				return fmt.Errorf("%s: %q is not between %d and %d", cronFields[i].name, part, cronFields[i].low, cronFields[i].top)
+			}
+		}
+	}
+	return nil
+}
+
+// cronPart reports whether part is "*", "n" or "n-m", with or without "/step".
+func cronPart(field int, part string) bool {
+	part, step, ok := strings.Cut(part, "/")
+	if ok {
+		if n, err := strconv.ParseUint(step, 10, 8); err != nil || n == 0 {
+			return false
+		}
+	}
+	if part == "*" {
+		return true
+	}
+	from, to, ranged := strings.Cut(part, "-")
+	low, ok := cronNumber(field, from)
+	if !ok || !ranged {
+		return ok
+	}
+	top, ok := cronNumber(field, to)
+	return ok && low <= top
+}
+
+func cronNumber(field int, s string) (int, bool) {
+	f := cronFields[field]
+	if i := strings.Index(f.words, strings.ToLower(s)); len(s) == 3 && i >= 0 && i%3 == 0 {
+		return f.low + i/3, true
+	}
+	n, err := strconv.ParseUint(s, 10, 8)
+	return int(n), err == nil && int(n) >= f.low && int(n) <= f.top
+}
+
+// ParseDuration reads what time.ParseDuration does, and days: "90m", "36h",
+// "7d". A duration is never negative.
+func ParseDuration(s string) (time.Duration, error) {
+	if days, ok := strings.CutSuffix(s, "d"); ok {
+		n, err := strconv.ParseUint(days, 10, 16)
+		if err != nil {
+			return 0, errors.New("want a duration, as 90s, 10m, 6h or 7d")
+		}
+		return time.Duration(n) * 24 * time.Hour, nil
+	}
+	d, err := time.ParseDuration(s)
+	if err != nil || d < 0 {
+		return 0, errors.New("want a duration, as 90s, 10m, 6h or 7d")
+	}
+	return d, nil
+}
+
+// FormatDuration writes d as ParseDuration reads it, without zeros at its end:
+// "10m", not "10m0s".
+func FormatDuration(d time.Duration) string {
+	s := d.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = strings.TrimSuffix(s, "0m")
+	}
+	return s
+}
