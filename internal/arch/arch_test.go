@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 const module = "github.com/pgkeep/pgkeep/"
@@ -92,6 +94,36 @@ verbs: internal/store example.com/sdk -os -math/rand  # example.com/no
 		if got := r.permits(imp); got != want {
 			t.Errorf("permits(%q) = %v, want %v", imp, got, want)
 		}
+	}
+}
+
+// TestDependenciesAreExplained compares the direct dependencies in go.mod with
+// the table in DESIGN.md.
+func TestDependenciesAreExplained(t *testing.T) {
+	gomod, err := os.ReadFile("../../go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	design, err := os.ReadFile("../../docs/DESIGN.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, _ := strings.Cut(string(design), "## Dependencies")
+
+	var direct, explained []string
+	for line := range strings.Lines(string(gomod)) {
+		if f := strings.Fields(line); len(f) == 2 && strings.HasPrefix(f[1], "v") {
+			direct = append(direct, f[0])
+		}
+	}
+	for line := range strings.Lines(table) {
+		if row, ok := strings.CutPrefix(line, "| `"); ok {
+			name, _, _ := strings.Cut(row, "`")
+			explained = append(explained, name)
+		}
+	}
+	if d := cmp.Diff(direct, explained); d != "" {
+		t.Errorf("dependencies (-go.mod +docs/DESIGN.md):\n%s", d)
 	}
 }
 
