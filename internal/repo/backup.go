@@ -1,0 +1,404 @@
+package repo
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/seal"
+	"github.com/pgkeep/pgkeep/internal/store"
+)
+
+// An ID names a backup within its cluster: UTC start and eight random digits,
+// so that text order is time order: "20261122T013000Z-4f2a9c01".
+type ID string
+
+var idForm = regexp.MustCompile(`^\d{8}T\d{6}Z-[0-9a-f]{8}$`)
+
+// NewID makes the name of a backup that starts at t; random is at least eight
+// hexadecimal digits.
+func NewID(t time.Time, random string) ID {
+	return ID(t.UTC().Format("20060102T150405Z") + "-" + random[:8])
+}
+
+// ParseID parses the text form.
+func ParseID(s string) (ID, error) {
+	if !idForm.MatchString(s) {
+		return "", fail.Hint(fmt.Errorf("%q is not a backup id: %w", s, fail.BadConfig), "ids look like 20261122T013000Z-4f2a9c01; pgkeep list shows them")
+	}
+	return ID(s), nil
+}
+
+// A Ref says which backup is meant.
+type Ref struct {
+	Cluster string `json:"cluster"`
+	ID      ID     `json:"id"`
+}
+
+func clusterPrefix(cluster string) string { return "clusters/" + cluster + "/" }
+func (b Ref) dir() string                 { return clusterPrefix(b.Cluster) + "backups/" + string(b.ID) + "/" }
+func (b Ref) packs() string               { return clusterPrefix(b.Cluster) + "packs/" + string(b.ID) + "/" }
+
+// An Intent is the first object of a backup: somebody means to write here.
+type Intent struct {
+	Header
+	Ref
+	Kind      Kind      `json:"kind"`
+	Host      string    `json:"host"`
+	Workflow  string    `json:"workflow,omitempty"` // Temporal workflow and run, for the operator
+	Run       string    `json:"run,omitempty"`
+	StartedAt time.Time `json:"started_at"`
+	Pins      []ID      `json:"pins,omitempty"` // backups whose packs this one may come to refer to
+}
+
+// A Kind of backup.
+type Kind string
+
+const (
+	Logical  Kind = "logical"
+	Physical Kind = "physical"
+)
+
+// Content is what a finished upload stored, in numbers and names.
+type Content struct {
+	Trees  []Part `json:"trees"`
+	Files  int    `json:"files"`
+	Packs  int    `json:"packs"`
+	Bytes  int64  `json:"bytes"`  // of the files
+	Stored int64  `json:"stored"` // of the packs they are in
+}
+
+// draft is the commit point of an upload: a retry finds it and has nothing to do.
+type draft struct {
+	Header
+	Ref
+	Content
+}
+
+// A Manifest describes one backup. The backup exists from the moment its
+// manifest does: it is written last and removed first.
+type Manifest struct {
+	Header
+	Ref
+	Kind       Kind        `json:"kind"`
+	Host       string      `json:"host"`
+	System     pg.SystemID `json:"system_id"`
+	Version    pg.Version  `json:"pg_version"` // server_version_num
+	StartedAt  time.Time   `json:"started_at"` // UTC
+	FinishedAt time.Time   `json:"finished_at"`
+	Content
+	LSN      LSNs     `json:"lsn"`
+	Verified Verified `json:"verified"`
+	Workflow string   `json:"workflow,omitempty"`
+	Run      string   `json:"run,omitempty"`
+	Epoch    int      `json:"epoch,omitempty"` // whose key opens it; 0: not encrypted
+
+	// Details hold names of databases: in an encrypted repository they are
+	// sealed like the lists of files. See OpenDetails.
+	Details json.RawMessage `json:"details,omitempty"`
+}
+
+// LSNs say which moment of the cluster a backup holds.
+type LSNs struct {
+	Timeline pg.Timeline `json:"timeline"`
+	Before   pg.LSN      `json:"before"` // of all databases' brackets the smallest …
+	After    pg.LSN      `json:"after"`  // … and the largest
+	Archived string      `json:"archived"`
+	LastWAL  string      `json:"last_wal,omitempty"` // the newest segment archived when the backup was recorded
+}
+
+// Verified says what was read back before the backup was published.
+type Verified string
+
+const (
+	// VerifiedContent: every pack was read back, decrypted, decompressed, and
+	// every block compared.
+	VerifiedContent Verified = "content"
+	// VerifiedStored: the stored bytes were read back and compared; this host
+	// holds no key to look inside.
+	VerifiedStored Verified = "stored"
+)
+
+// SealDetails encodes v as Details, for those who may read metadata.
+func (r *Repo) SealDetails(v any) (json.RawMessage, error) {
+	plain, err := json.Marshal(v)
+	if err != nil || !r.Marker.Encrypted {
+		return plain, err
+	}
+	to, err := r.metadata()
+	if err != nil {
+		return nil, err
+	}
+	sealed, err := seal.Encrypt(plain, to...)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(sealed) // a string: base64
+}
+
+// OpenDetails decodes the details of m into v; fail.NoKey where no key at hand
+// opens them.
+func (r *Repo) OpenDetails(m Manifest, v any) error {
+	plain := []byte(m.Details)
+	if r.Marker.Encrypted {
+		var sealed []byte
+		if err := json.Unmarshal(m.Details, &sealed); err != nil {
+			return fmt.Errorf("details of %s: %w: %w", m.ID, err, fail.Corrupt)
+		}
+		var err error
+		if plain, err = r.openMetadata(sealed); err != nil {
+			return fmt.Errorf("details of %s: %w", m.ID, err)
+		}
+	}
+	if err := json.Unmarshal(plain, v); err != nil {
+		return fmt.Errorf("details of %s: %w: %w", m.ID, err, fail.Corrupt)
+	}
+	return nil
+}
+
+// WriteIntent begins a backup. It returns by how much the store's clock is
+// ahead of now, to the second. The same intent again is success.
+func (r *Repo) WriteIntent(ctx context.Context, in Intent, now func() time.Time) (skew time.Duration, err error) {
+	in.Header = r.access.header("intent")
+	key := "names/" + in.Cluster
+	if err := putSigned(ctx, r.st, r.access, key, name{r.access.header("name"), in.Cluster}); err != nil && !errors.Is(err, store.ErrExist) {
+		return 0, err
+	}
+	key = in.dir() + "intent.json"
+	if err := putSigned(ctx, r.st, r.access, key, in); err != nil {
+		return 0, err
+	}
+	for o, err := range r.st.List(ctx, key) {
+		if err != nil {
+			return 0, wrap("list", key, err)
+		}
+		if o.Key == key {
+			return o.Modified.Sub(now()), nil
+		}
+	}
+	return 0, fmt.Errorf("%s was written and is not listed: %w", key, fail.StoreUnfit)
+}
+
+// Publish makes the backup exist, after its upload is complete. It is the last
+// write. Publishing the same backup again is success and returns the manifest
+// that is there.
+func (r *Repo) Publish(ctx context.Context, m Manifest) (Manifest, error) {
+	content, err := r.Draft(ctx, m.Ref)
+	if err != nil {
+		return Manifest{}, err
+	}
+	m.Header, m.Content = r.access.header("manifest"), content
+	if n := len(r.epochs); n > 0 {
+		m.Epoch = r.epochs[n-1].Number
+	}
+	if _, err := r.tombstone(ctx, m.Ref); !errors.Is(err, store.ErrNotExist) {
+		if err == nil {
+			err = fmt.Errorf("backup %s was deleted: %w", m.ID, fail.NoBackup)
+		}
+		return Manifest{}, err
+	}
+	err = putSigned(ctx, r.st, r.access, m.dir()+"manifest.json", m)
+	if errors.Is(err, store.ErrExist) {
+		return r.Backup(ctx, m.Ref)
+	}
+	return m, err
+}
+
+// Draft returns what the finished upload of a backup stored; store.ErrNotExist
+// when it is not finished.
+func (r *Repo) Draft(ctx context.Context, b Ref) (Content, error) {
+	var d draft
+	key := b.dir() + "draft.json"
+	if err := r.getSigned(ctx, key, "draft", &d); err != nil {
+		return Content{}, err
+	}
+	if d.Ref != b {
+		return Content{}, fmt.Errorf("%s: belongs to %s of %s: %w", key, d.ID, d.Cluster, fail.Corrupt)
+	}
+	return d.Content, nil
+}
+
+// Backup returns the manifest of one backup; fail.NoBackup when there is none.
+func (r *Repo) Backup(ctx context.Context, b Ref) (Manifest, error) {
+	var m Manifest
+	key := b.dir() + "manifest.json"
+	err := r.getSigned(ctx, key, "manifest", &m)
+	switch {
+	case errors.Is(err, store.ErrNotExist):
+		return m, fmt.Errorf("backup %s of cluster %s: %w", b.ID, b.Cluster, fail.NoBackup)
+	case err != nil:
+		return m, err
+	case m.Ref != b:
+		return m, fmt.Errorf("%s: is the manifest of %s of %s: %w", key, m.ID, m.Cluster, fail.Corrupt)
+	}
+	if _, err := r.tombstone(ctx, b); !errors.Is(err, store.ErrNotExist) {
+		if err == nil {
+			err = fmt.Errorf("backup %s of cluster %s is deleted: %w", b.ID, b.Cluster, fail.NoBackup)
+		}
+		return Manifest{}, err
+	}
+	return m, nil
+}
+
+// A Listed is a backup as a list shows it.
+type Listed struct {
+	Manifest
+	// Err: the manifest is there and cannot be believed. It is shown, and
+	// counts for nothing. Then only Ref is set above.
+	Err error
+	// Unfinished: something was written, and there is no manifest. Only Ref is set.
+	Unfinished bool
+}
+
+// Backups lists what the repository holds of a cluster, oldest first.
+func (r *Repo) Backups(ctx context.Context, cluster string) ([]Listed, error) {
+	prefix := clusterPrefix(cluster) + "backups/"
+	found := make(map[ID][]string)
+	for o, err := range r.st.List(ctx, prefix) {
+		if err != nil {
+			return nil, wrap("list", prefix, err)
+		}
+		id, name, ok := strings.Cut(strings.TrimPrefix(o.Key, prefix), "/")
+		if ok && idForm.MatchString(id) {
+			found[ID(id)] = append(found[ID(id)], name)
+		}
+	}
+	var all []Listed
+	for id, names := range found {
+		b := Listed{Manifest: Manifest{Ref: Ref{cluster, id}}}
+		switch {
+		case slices.Contains(names, tombstoneName):
+			continue
+		case !slices.Contains(names, "manifest.json"):
+			b.Unfinished = true
+		default:
+			m, err := r.Backup(ctx, b.Ref)
+			switch {
+			case errors.Is(err, fail.NoBackup): // deleted since
+				continue
+			case fail.KindOf(err).Retry() && err != nil, ctx.Err() != nil:
+				return nil, err // the store's trouble, not this backup's
+			case err != nil:
+				b.Err = err
+			default:
+				b.Manifest = m
+			}
+		}
+		all = append(all, b)
+	}
+	slices.SortFunc(all, func(a, b Listed) int { return strings.Compare(string(a.ID), string(b.ID)) })
+	return all, nil
+}
+
+// name is the object names/<cluster>: it says that there is such a cluster, so
+// that one can be found with nothing but the bucket and a key.
+type name struct {
+	Header
+	Cluster string `json:"cluster"`
+}
+
+// Clusters lists the clusters of which a backup was ever begun here.
+func (r *Repo) Clusters(ctx context.Context) ([]string, error) {
+	var names []string
+	for o, err := range r.st.List(ctx, "names/") {
+		if err != nil {
+			return nil, wrap("list", "names/", err)
+		}
+		names = append(names, strings.TrimPrefix(o.Key, "names/"))
+	}
+	return names, nil
+}
+
+// Latest is the small object for scripts beside a cluster's backups. It is
+// advice: the only object that is overwritten, and nothing here reads it.
+type Latest struct {
+	Header
+	Ref
+	Kind       Kind      `json:"kind"`
+	FinishedAt time.Time `json:"finished_at"`
+	LSN        LSNs      `json:"lsn"`
+	Bytes      int64     `json:"bytes"`
+	Stored     int64     `json:"stored"`
+	Verified   Verified  `json:"verified"`
+	Manifest   string    `json:"manifest"` // key
+}
+
+// latest returns the key and content of the object that points at m.
+func (r *Repo) latest(m Manifest) (string, []byte, error) {
+	b, err := json.MarshalIndent(Latest{Header: m.Header, Ref: m.Ref, Kind: m.Kind, FinishedAt: m.FinishedAt, LSN: m.LSN,
+		Bytes: m.Bytes, Stored: m.Stored, Verified: m.Verified, Manifest: m.dir() + "manifest.json"}, "", "  ")
+	return clusterPrefix(m.Cluster) + "latest-" + string(m.Kind) + ".json", append(b, '\n'), err
+}
+
+// WriteLatest points latest-<kind>.json of the cluster at m.
+func (r *Repo) WriteLatest(ctx context.Context, m Manifest) error {
+	m.Header.Type = "latest"
+	key, b, err := r.latest(m)
+	if err != nil {
+		return err
+	}
+	return wrap("write", key, r.st.Put(ctx, key, bytes.NewReader(b), store.PutOptions{}))
+}
+
+// checkLatest compares the object for scripts with the backup it points at.
+func (r *Repo) checkLatest(ctx context.Context, of Manifest, rep *Report) error {
+	key, _, err := r.latest(of)
+	if err != nil {
+		return err
+	}
+	have, err := readAll(ctx, r.st, key, maxDocument)
+	if errors.Is(err, store.ErrNotExist) {
+		return nil
+	}
+	var l Latest
+	if err == nil && (json.Unmarshal(have, &l) != nil || l.Cluster != of.Cluster || !idForm.MatchString(string(l.ID))) {
+		err = fmt.Errorf("names no backup of this cluster: %w", fail.Corrupt)
+	}
+	if err == nil {
+		var m Manifest
+		if m, err = r.Backup(ctx, l.Ref); errors.Is(err, fail.NoBackup) {
+			err = fmt.Errorf("points at %s, which is not there: %w", l.ID, fail.Corrupt)
+		} else if err == nil {
+			m.Header.Type = "latest"
+			if _, want, _ := r.latest(m); !bytes.Equal(have, want) {
+				err = fmt.Errorf("does not say what the manifest of %s says: %w", l.ID, fail.Corrupt)
+			}
+		}
+	}
+	return rep.add(key, err)
+}
+
+// renewLatest points the objects for scripts at the newest backups there are.
+func (r *Repo) renewLatest(ctx context.Context, cluster string) error {
+	all, err := r.Backups(ctx, cluster)
+	if err != nil {
+		return err
+	}
+	newest := make(map[Kind]Manifest)
+	for _, b := range all {
+		if b.Err == nil && !b.Unfinished {
+			newest[b.Kind] = b.Manifest
+		}
+	}
+	for _, kind := range []Kind{Logical, Physical} {
+		m, ok := newest[kind]
+		if ok {
+			err = r.WriteLatest(ctx, m)
+		} else {
+			key, _, _ := r.latest(Manifest{Ref: Ref{Cluster: cluster}, Kind: kind})
+			err = wrap("delete", key, r.st.Delete(ctx, key))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
