@@ -204,12 +204,8 @@ func (c Cluster) Password() (Secret, error) {
 
 // Errorf makes an error of kind fail.BadConfig whose text is only what is said.
 func Errorf(format string, args ...any) error {
-	return &badConfig{fmt.Errorf(format, args...)}
+	return fail.With(fail.BadConfig, fmt.Errorf(format, args...))
 }
-
-type badConfig struct{ error }
-
-func (e *badConfig) Unwrap() []error { return []error{e.error, fail.BadConfig} }
 
 // check says what is wrong with a configuration whose every value is right by
 // itself.

@@ -353,7 +353,8 @@ func variable(path string) string {
 }
 
 // environment sets what PGKEEP_ variables say. Only what stands at a fixed path
-// has one: nothing under clusters and schedules, and no list.
+// has one: nothing under clusters and schedules, and no list. PGKEEP_TEST_ is left
+// to the tests.
 func (l *loader) environment(environ []string, root reflect.Value) {
 	settings := make(map[string]string) // path by variable
 	values := make(map[string]reflect.Value)
@@ -364,7 +365,7 @@ func (l *loader) environment(environ []string, root reflect.Value) {
 	}
 	for _, e := range slices.Sorted(slices.Values(environ)) {
 		name, value, _ := strings.Cut(e, "=")
-		if !strings.HasPrefix(name, prefix) || value == "" || name == prefix+"CONFIG" {
+		if !strings.HasPrefix(name, prefix) || value == "" || name == prefix+"CONFIG" || strings.HasPrefix(name, prefix+"TEST_") {
 			continue
 		}
 		path, ok := settings[name]

@@ -123,6 +123,22 @@ func KindOf(err error) Kind {
 	return Unknown
 }
 
+// With gives err the kind k where the text of err says enough: k is not part of
+// it. A nil err stays nil.
+func With(k Kind, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &kinded{err, k}
+}
+
+type kinded struct {
+	error
+	kind Kind
+}
+
+func (k *kinded) Unwrap() []error { return []error{k.kind, k.error} }
+
 // Hint attaches advice for the operator to err, better than the one its kind
 // has. Advice is not part of err.Error(): it is printed on its own line.
 func Hint(err error, advice string) error {

@@ -22,6 +22,8 @@ func TestKindOf(t *testing.T) {
 		{"plain", errors.New("disk on fire"), fail.Unknown},
 		{"wrapped", wrapped, fail.WrongSystem},
 		{"hinted", fail.Hint(wrapped, "compare the two files"), fail.WrongSystem},
+		{"with", fmt.Errorf("dial: %w", fail.With(fail.TemporalDown, errors.New("no"))), fail.TemporalDown},
+		{"with, over another", fail.With(fail.Cancelled, wrapped), fail.Cancelled},
 		{"remote", fmt.Errorf("backup: %w", remote), fail.Corrupt},
 		{"remote of a foreign type", temporal.NewApplicationError("no", "panic"), fail.Unknown},
 	} {
@@ -30,6 +32,13 @@ func TestKindOf(t *testing.T) {
 				t.Errorf("KindOf = %q, want %q", got, tt.want)
 			}
 		})
+	}
+	cause := errors.New("connection refused")
+	if err := fail.With(fail.StoreDown, cause); err.Error() != cause.Error() || !errors.Is(err, cause) {
+		t.Errorf("With hides the cause, or adds to its text: %v", err)
+	}
+	if err := fail.With(fail.StoreDown, nil); err != nil {
+		t.Errorf("With makes an error of nil: %v", err)
 	}
 	if !errors.Is(wrapped, fail.WrongSystem) {
 		t.Error("errors.Is does not see the kind")

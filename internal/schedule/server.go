@@ -217,7 +217,7 @@ func started(d *client.ScheduleDescription) []Run {
 // schedule.
 func found(op, id string, err error) error {
 	if _, gone := errors.AsType[*serviceerror.NotFound](err); gone && strings.HasPrefix(id, idPrefix) {
-		return fail.Hint(fmt.Errorf("%s schedule %s: there is none: %w", op, id, fail.BadConfig), "pgkeep schedule list shows what there is, and pgkeep schedule apply makes what the configuration says")
+		return fail.Hint(fail.With(fail.BadConfig, fmt.Errorf("%s schedule %s: there is none", op, id)), "pgkeep schedule list shows what there is, and pgkeep schedule apply makes what the configuration says")
 	}
 	if err != nil {
 		return fmt.Errorf("%s schedule %s: %w", op, id, err)
