@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -60,7 +59,7 @@ type Postgres struct {
 	cred   *syscall.Credential // nil: the server runs as we do
 
 	postmaster *os.Process
-	exited     chan struct{} // closed when the postmaster has gone
+	exited     <-chan struct{} // closed when the postmaster has gone
 }
 
 // StartPostgres makes a new cluster, starts it and waits until it answers.
@@ -235,23 +234,8 @@ func (p *Postgres) start(ctx context.Context) error {
 	defer log.Close()
 	cmd := p.Command(context.WithoutCancel(ctx), "postgres", args...) // it outlives ctx
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr.Setpgid = true // Ctrl-C on the terminal is for us alone
-	// The signal comes when the thread that started the server ends: so that
-	// thread is kept until the server has gone.
-	cmd.SysProcAttr.Pdeathsig = syscall.SIGQUIT
-	started := make(chan error)
-	exited := make(chan struct{})
-	go func() {
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		err := cmd.Start()
-		started <- err
-		if err == nil {
-			cmd.Wait() // how it ended is in its log
-			close(exited)
-		}
-	}()
-	if err := <-started; err != nil {
+	exited, err := startChild(cmd, syscall.SIGQUIT)
+	if err != nil {
 		return err
 	}
 	p.postmaster, p.exited = cmd.Process, exited

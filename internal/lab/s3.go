@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -14,8 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -60,13 +57,13 @@ type S3 struct {
 	ownDir  bool
 
 	process *os.Process
-	exited  chan struct{} // closed when the server has gone
+	exited  <-chan struct{} // closed when the server has gone
 }
 
 // StartS3 builds the server, if need be, starts it and waits until its bucket
 // is there.
 func StartS3(ctx context.Context, opt S3Options) (*S3, error) {
-	program, err := versitygw(ctx)
+	program, err := buildTool(ctx, "versitygw", "tools", "github.com/versity/versitygw/cmd/versitygw")
 	if err != nil {
 		return nil, fmt.Errorf("start S3: %w", err)
 	}
@@ -161,25 +158,8 @@ func (s *S3) start(ctx context.Context) error {
 	cmd := exec.Command(s.program, s.args...) // without ctx: it lives until Stop
 	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY="+s.AccessKeyID, "ROOT_SECRET_KEY="+s.SecretAccessKey)
 	cmd.Stdout, cmd.Stderr = s.log, s.log
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Setpgid: true, // Ctrl-C on the terminal is for us alone
-		// The signal comes when the thread that started the server ends: so
-		// that thread is kept until the server has gone.
-		Pdeathsig: syscall.SIGKILL,
-	}
-	started := make(chan error)
-	exited := make(chan struct{})
-	go func() {
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		err := cmd.Start()
-		started <- err
-		if err == nil {
-			cmd.Wait() // how it ended is in its log
-			close(exited)
-		}
-	}()
-	if err := <-started; err != nil {
+	exited, err := startChild(cmd, syscall.SIGKILL)
+	if err != nil {
 		return err
 	}
 	s.process, s.exited = cmd.Process, exited
@@ -302,68 +282,4 @@ func (s *S3) clean() error {
 		s.ownDir = false
 	}
 	return err
-}
-
-// versitygw returns the path of the server's program. The first caller builds
-// it, from the module in tools, and the user's cache directory keeps it.
-func versitygw(ctx context.Context) (string, error) {
-	root, err := moduleRoot()
-	if err != nil {
-		return "", err
-	}
-	tools := filepath.Join(root, "tools")
-	h := sha256.New()
-	fmt.Fprintln(h, runtime.Version())
-	for _, name := range []string{"go.mod", "go.sum"} {
-		b, err := os.ReadFile(filepath.Join(tools, name))
-		if err != nil {
-			return "", err
-		}
-		h.Write(b)
-	}
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		cache = os.TempDir()
-	}
-	cache = filepath.Join(cache, "pgkeep-lab")
-	if err := os.MkdirAll(cache, 0o700); err != nil {
-		return "", err
-	}
-	program := filepath.Join(cache, fmt.Sprintf("versitygw-%x", h.Sum(nil)[:8]))
-
-	// Test packages run at once, each a process: one builds, the others wait.
-	lock, err := os.OpenFile(program+".lock", os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return "", err
-	}
-	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
-		return "", fmt.Errorf("lock %s: %w", lock.Name(), err)
-	}
-	if _, err := os.Stat(program); err == nil {
-		return program, nil
-	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-C", tools, "-trimpath", "-ldflags=-s -w", "-o", program+".new", "github.com/versity/versitygw/cmd/versitygw")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build versitygw: %w: %s", err, bytes.TrimSpace(out))
-	}
-	return program, os.Rename(program+".new", program)
-}
-
-// moduleRoot finds pgkeep's source tree, from the working directory upwards.
-func moduleRoot() (string, error) {
-	wd, err := os.Getwd()
-	if err != nil {
-		return "", err
-	}
-	for dir := wd; ; dir = filepath.Dir(dir) {
-		b, err := os.ReadFile(filepath.Join(dir, "go.mod"))
-		if err == nil && strings.HasPrefix(string(b), "module github.com/pgkeep/pgkeep\n") {
-			return dir, nil
-		}
-		if dir == filepath.Dir(dir) {
-			return "", fmt.Errorf("%s is not inside pgkeep's source tree", wd)
-		}
-	}
 }
