@@ -17,7 +17,6 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 	"time"
 	_ "time/tzdata" // schedules name time zones, and a small image has none
@@ -31,6 +30,9 @@ import (
 // stopWithin bounds a stop. Whoever sent the signal waits about as long before
 // it sends SIGKILL: docker 10 s, systemd 90 s.
 const stopWithin = 8 * time.Second
+
+// version is set by the linker: -X main.version=v1.2.3.
+var version = "unknown"
 
 func main() {
 	os.Exit(run(context.Background(), os.Args, os.Stdout, os.Stderr))
@@ -83,7 +85,7 @@ func newApp(out, errw io.Writer) *cli.App {
 			Name:         "version",
 			Usage:        "print the versions of everything inside",
 			OnUsageError: usage,
-			Action:       version,
+			Action:       printVersion,
 		}},
 	}
 }
@@ -171,13 +173,9 @@ func announce(w io.Writer, srv *server, asJSON bool) {
 	fmt.Fprintf(w, "temporal %s namespace %s\nweb ui %s/namespaces/%s\n", srv.address, srv.namespace, srv.uiURL, srv.namespace)
 }
 
-func version(c *cli.Context) error {
-	own := "unknown"
-	if info, ok := debug.ReadBuildInfo(); ok {
-		own = info.Main.Version
-	}
+func printVersion(c *cli.Context) error {
 	_, err := fmt.Fprintf(c.App.Writer, "pgkeep-server %s\ntemporal server %s\ntemporal web ui %s\nsqlite schema %s\n",
-		own, headers.ServerVersion, uiversion.UIVersion, sqliteschema.Version)
+		version, headers.ServerVersion, uiversion.UIVersion, sqliteschema.Version)
 	return err
 }
 
