@@ -42,6 +42,7 @@ const (
 	ClockSkew  Kind = "clock-skew"
 	Stalled    Kind = "stalled" // a child process made no progress
 	DumpFailed Kind = "dump-failed"
+	SpoolLost  Kind = "spool-lost" // the dump that was to be sent is not there
 
 	RestoreFailed Kind = "restore-failed" // what it restored into holds a part
 
@@ -75,6 +76,7 @@ var kinds = map[Kind]row{
 	ClockSkew:      {exit: 35, means: "the clocks of this host and of the object store are too far apart", hint: "set the clock of this host, with chrony or systemd-timesyncd"},
 	Stalled:        {exit: 36, retry: true, means: "a child process made no progress for too long and was ended", hint: "look for lock waits in pg_stat_activity, and at the load of the server"},
 	DumpFailed:     {exit: 37, retry: true, means: "pg_dump or pg_dumpall ended with an error", hint: "the worker's log holds what pg_dump said"},
+	SpoolLost:      {exit: 39, means: "the dump that was to be sent is not in the spool any more", hint: "take a new backup; and do not clean the spool directory by other means than pgkeep"},
 	RestoreFailed:  {exit: 38, means: "pg_restore ended with an error, and the database holds a part of the backup", hint: "the log holds what pg_restore said; drop that database before the next try"},
 	TemporalDown:   {exit: 40, retry: true, means: "the Temporal server does not answer", hint: "is the Temporal server up? list, show, verify and restore work without it"},
 	Stopping:       {exit: 41, retry: true, means: "the worker was told to stop; another attempt goes on from here"},
