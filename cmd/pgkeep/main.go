@@ -1,0 +1,93 @@
+// Command pgkeep takes PostgreSQL backups that finish, and proves that they
+// restore.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/pgkeep/pgkeep/internal/fail"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the process
+	os.Exit(run(ctx, os.Args, os.Stdin, os.Stdout, os.Stderr))
+}
+
+// run is main with the process taken out: what it returns is the exit status.
+func run(ctx context.Context, args []string, in io.Reader, out, errw io.Writer) int {
+	err := newApp(in, out, errw).RunContext(ctx, args)
+	if err == nil {
+		return 0
+	}
+	err = classify(ctx, err)
+	report(errw, err)
+	return fail.KindOf(err).ExitStatus()
+}
+
+// classify gives a kind to errors that come from outside without one.
+func classify(ctx context.Context, err error) error {
+	switch {
+	case fail.KindOf(err) != fail.Unknown:
+		return err
+	case ctx.Err() != nil:
+		return fail.With(fail.Cancelled, errors.New("interrupted"))
+	}
+	if _, ok := errors.AsType[cli.ExitCoder](err); ok { // the library's own: no help about that
+		return fail.With(fail.BadConfig, err)
+	}
+	return temporalError(err)
+}
+
+// report is the only place that prints an error: each of its lines, then the
+// advice.
+func report(w io.Writer, err error) {
+	for line := range strings.Lines(err.Error()) {
+		fmt.Fprintf(w, "pgkeep: error: %s\n", strings.TrimRight(line, "\n"))
+	}
+	if hint := fail.HintOf(err); hint != "" {
+		fmt.Fprintf(w, "pgkeep: hint: %s\n", hint)
+	}
+}
+
+func newApp(in io.Reader, out, errw io.Writer) *cli.App {
+	e := &env{in: in, out: out, errw: errw, environ: os.Environ()}
+	app := &cli.App{
+		Name:                 "pgkeep",
+		Usage:                "PostgreSQL backups that finish, and prove that they restore",
+		Description:          "Temporal workflows take the backups; an object store keeps them.\n\nExamples:\n  pgkeep config show                    what is configured, and where\n  pgkeep schedule apply --dry-run       what would change on the Temporal server\n  pgkeep ps                             what is going on\n\nExit statuses: https://github.com/pgkeep/pgkeep/blob/main/docs/ERRORS.md",
+		Reader:               in,
+		Writer:               out,
+		ErrWriter:            errw,
+		HideHelpCommand:      true,
+		Version:              thisVersion().Version,
+		EnableBashCompletion: true,
+		Flags:                e.globalFlags(),
+		// Errors go up to run: no command prints one, or exits by itself.
+		ExitErrHandler:        func(*cli.Context, error) {},
+		OnUsageError:          usageError,
+		Action:                unknownCommand,
+		CustomAppHelpTemplate: appHelp,
+		Commands: []*cli.Command{
+			psCommand(e),
+			cancelCommand(e),
+			scheduleCommand(e),
+			configCommand(e),
+			versionCommand(e),
+			completionCommand(e),
+		},
+	}
+	for _, c := range app.Commands {
+		prepare(e, c, "pgkeep")
+	}
+	return app
+}
