@@ -32,11 +32,12 @@ func (l logger) DPanic(msg string, tags ...tag.Tag) { l.log(slog.LevelError, msg
 func (l logger) Panic(msg string, tags ...tag.Tag)  { l.end(msg, tags) }
 func (l logger) Fatal(msg string, tags ...tag.Tag)  { l.end(msg, tags) }
 
-// Warn logs a warning, but for the one that every start here would give: there
-// is no HTTP port on purpose, and nothing for an operator to do.
+// Warn logs a warning, but for those that an operator can do nothing about: at
+// every start that there is no HTTP port, which is so on purpose, and at every
+// look into a workflow that the Web UI reads long pages.
 func (l logger) Warn(msg string, tags ...tag.Tag) {
 	level := slog.LevelWarn
-	if strings.HasPrefix(msg, "HTTP API port has not been set") {
+	if strings.HasPrefix(msg, "HTTP API port has not been set") || strings.HasPrefix(msg, "GetHistory page size is larger") {
 		level = slog.LevelDebug
 	}
 	l.log(level, msg, tags)

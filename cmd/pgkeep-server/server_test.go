@@ -514,6 +514,17 @@ func TestRefusesACommandLine(t *testing.T) {
 	}
 }
 
+func TestServesOthersWhenAskedTo(t *testing.T) {
+	p := launch(t, filepath.Join(t.TempDir(), "t.db"), "--ip", "0.0.0.0", "--insecure-bind")
+	if !strings.HasPrefix(p.Address, "127.0.0.1:") {
+		t.Errorf("address = %q, which no client on this host can use", p.Address)
+	}
+	if _, err := p.client().CheckHealth(t.Context(), &client.CheckHealthRequest{}); err != nil {
+		t.Error(err)
+	}
+	get(t, p.UI+"/namespaces/pgkeep")
+}
+
 func TestFilesArePrivate(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "new")
 	p := launch(t, filepath.Join(dir, "t.db"))
