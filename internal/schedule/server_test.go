@@ -1,0 +1,245 @@
+package schedule_test
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	commonpb "go.temporal.io/api/common/v1"
+	enumspb "go.temporal.io/api/enums/v1"
+	"go.temporal.io/sdk/client"
+	"go.temporal.io/sdk/converter"
+	sdklog "go.temporal.io/sdk/log"
+
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/lab"
+	"github.com/pgkeep/pgkeep/internal/schedule"
+	"github.com/pgkeep/pgkeep/workflows"
+)
+
+// A world is a real Temporal server, empty at first.
+type world struct {
+	client.Client
+	t *testing.T
+	*lab.Temporal
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	s := lab.TemporalForTest(t)
+	c, err := client.Dial(client.Options{HostPort: s.Address, Namespace: s.Namespace, Logger: sdklog.NewStructuredLogger(slog.New(slog.DiscardHandler))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	return &world{c, t, s}
+}
+
+// apply reconciles and returns what was done.
+func (w *world) apply(prune bool, want ...schedule.Schedule) []string {
+	w.t.Helper()
+	var ids, done []string
+	for _, s := range want {
+		ids = append(ids, s.ID())
+	}
+	have, err := schedule.List(w.t.Context(), w, ids...)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	plan := schedule.Plan(want, have, schedule.Options{Hosts: []string{"db1"}, Prune: prune})
+	if err := schedule.Apply(w.t.Context(), w, plan); err != nil {
+		w.t.Fatal(err)
+	}
+	for _, c := range plan {
+		done = append(done, string(c.Action)+" "+c.ID)
+	}
+	return done
+}
+
+func (w *world) describe(id string) *client.ScheduleDescription {
+	w.t.Helper()
+	d, err := w.ScheduleClient().GetHandle(w.t.Context(), id).Describe(w.t.Context())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return d
+}
+
+// eventually waits for what the server makes true in its own time.
+func (w *world) eventually(what string, ok func() bool) {
+	w.t.Helper()
+	ctx, cancel := context.WithTimeout(w.t.Context(), 20*time.Second)
+	defer cancel()
+	for !ok() {
+		select {
+		case <-time.After(50 * time.Millisecond):
+		case <-ctx.Done():
+			w.t.Fatalf("did not come true: %s", what)
+		}
+	}
+}
+
+// listed waits until the server's list, which lags, shows these.
+func (w *world) listed(ids ...string) {
+	w.t.Helper()
+	w.eventually("the list shows "+strings.Join(ids, ", "), func() bool {
+		have, err := schedule.List(w.t.Context(), w)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		var got []string
+		for _, h := range have {
+			got = append(got, h.ID)
+		}
+		return slices.Equal(got, ids)
+	})
+}
+
+func TestServerFollowsTheList(t *testing.T) {
+	w := newWorld(t)
+	id := nightly.ID()
+	step := func(name string, got []string, want ...string) {
+		t.Helper()
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Fatalf("%s: differs (-want +got):\n%s", name, diff)
+		}
+	}
+
+	step("the first time", w.apply(false, nightly), "create "+id)
+	created := w.describe(id)
+	step("the second time", w.apply(false, nightly), "unchanged "+id)
+	if again := w.describe(id); !again.Info.LastUpdateAt.Equal(created.Info.LastUpdateAt) {
+		t.Error("a schedule that did not change was updated")
+	}
+
+	if err := schedule.Pause(t.Context(), w, id, "storage moves"); err != nil {
+		t.Fatal(err)
+	}
+	later := with(func(s *schedule.Schedule) { s.Cron, s.Jitter = "0 3 * * sun", 0 })
+	step("after a change", w.apply(false, later), "update "+id)
+	w.eventually("the update takes effect", func() bool { return w.describe(id).Schedule.Spec.Jitter == 0 })
+	d := w.describe(id)
+	if !d.Schedule.State.Paused || d.Schedule.State.Note != "storage moves" {
+		t.Errorf("an update undid the pause: %+v", d.Schedule.State)
+	}
+	if c := d.Schedule.Spec.Calendars; len(c) != 1 || c[0].Hour[0].Start != 3 {
+		t.Errorf("an update left the times as they were: %+v", c)
+	}
+	if err := schedule.Unpause(t.Context(), w, id, "done"); err != nil {
+		t.Fatal(err)
+	}
+	w.eventually("the schedule goes on", func() bool { return !w.describe(id).Schedule.State.Paused })
+	step("after it was unpaused", w.apply(false, later), "unchanged "+id)
+
+	other := with(func(s *schedule.Schedule) { s.Cluster = "other" })
+	elsewhere := with(func(s *schedule.Schedule) { s.Cluster, s.Host = "there", "db2" })
+	step("two more", w.apply(false, later, other, elsewhere), "unchanged "+id, "create "+other.ID(), "create "+elsewhere.ID())
+	w.listed(id, other.ID(), elsewhere.ID())
+	step("one that is not wanted", w.apply(false, later), "unchanged "+id, "orphan "+other.ID())
+	w.listed(id, other.ID(), elsewhere.ID())
+	step("pruned", w.apply(true, later), "unchanged "+id, "delete "+other.ID())
+	w.listed(id, elsewhere.ID())
+}
+
+func TestServerHasWhatWasWanted(t *testing.T) {
+	w := newWorld(t)
+	searchable, err := schedule.Searchable(t.Context(), w, w.Namespace)
+	if err != nil || !searchable {
+		t.Fatalf("Searchable = %v, %v", searchable, err)
+	}
+	s := with(func(s *schedule.Schedule) { s.Searchable = true })
+	w.apply(false, s)
+	d := w.describe(s.ID())
+
+	spec := d.Schedule.Spec
+	if spec.TimeZoneName != "Europe/Berlin" || spec.Jitter != 10*time.Minute {
+		t.Errorf("zone is %s, jitter %s", spec.TimeZoneName, spec.Jitter)
+	}
+	if p := d.Schedule.Policy; p.Overlap != enumspb.SCHEDULE_OVERLAP_POLICY_SKIP || p.CatchupWindow != 6*time.Hour || p.PauseOnFailure {
+		t.Errorf("policy is %+v", p)
+	}
+	berlin, err := time.LoadLocation("Europe/Berlin")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, next := range d.Info.NextActionTimes {
+		local := next.In(berlin)
+		if begin := time.Date(local.Year(), local.Month(), local.Day(), 1, 30, 0, 0, berlin); local.Before(begin) || local.Sub(begin) > 10*time.Minute {
+			t.Errorf("a start at %s is not within 10m of 01:30", local)
+		}
+	}
+	action := d.Schedule.Action.(*client.ScheduleWorkflowAction)
+	if action.ID != "pgkeep/main/logical/scheduled" || action.Workflow != "pgkeep.Scheduled" || action.TaskQueue != "pgkeep" ||
+		action.WorkflowRunTimeout != 24*time.Hour || action.StaticSummary != "scheduled logical backup of main" {
+		t.Errorf("action is %+v", action)
+	}
+	if kind, _ := action.TypedSearchAttributes.GetKeyword(workflows.PgkeepKind); kind != "logical" {
+		t.Errorf("search attribute kind is %q", kind)
+	}
+	var req workflows.ScheduledRequest
+	if err := converter.GetDefaultDataConverter().FromPayload(action.Args[0].(*commonpb.Payload), &req); err != nil {
+		t.Fatal(err)
+	}
+	if want := (workflows.ScheduledRequest{Cluster: "main", Kind: "logical", Host: "db1"}); req != want {
+		t.Errorf("request is %+v, want %+v", req, want)
+	}
+
+	have, err := schedule.List(t.Context(), w, s.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []schedule.Existing{{
+		ID: s.ID(), Host: "db1", Cron: s.Cron, Hash: s.Hash(), TimeZone: s.TimeZone,
+		Jitter: s.Jitter, CatchupWindow: s.CatchupWindow, RunTimeout: s.RunTimeout, Next: d.Info.NextActionTimes[0],
+	}}
+	if diff := cmp.Diff(want, have, cmpopts.EquateEmpty()); diff != "" {
+		t.Errorf("list differs (-want +got):\n%s", diff)
+	}
+}
+
+func TestTriggerReturnsTheRunAndRefusesASecond(t *testing.T) {
+	w := newWorld(t)
+	w.apply(false, nightly)
+	run, err := schedule.Trigger(t.Context(), w, nightly.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := w.DescribeWorkflowExecution(t.Context(), run.WorkflowID, run.RunID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := d.WorkflowExecutionInfo.Type.Name; got != workflows.ScheduledName || !strings.HasPrefix(run.WorkflowID, "pgkeep/main/logical/scheduled-") {
+		t.Errorf("started %s %s", got, run.WorkflowID)
+	}
+	if _, err := schedule.Trigger(t.Context(), w, nightly.ID()); !errors.Is(err, fail.AlreadyRunning) {
+		t.Errorf("a second trigger: %v, want already-running", err)
+	}
+	have, err := schedule.List(t.Context(), w, nightly.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(have[0].Running, []schedule.Run{run}) || have[0].Last.IsZero() || have[0].Skipped != 1 {
+		t.Errorf("the list shows %+v", have[0])
+	}
+}
+
+func TestScheduleThatIsNotThere(t *testing.T) {
+	w := newWorld(t)
+	for op, do := range map[string]func() error{
+		"pause":   func() error { return schedule.Pause(t.Context(), w, nightly.ID(), "") },
+		"unpause": func() error { return schedule.Unpause(t.Context(), w, nightly.ID(), "") },
+		"delete":  func() error { return schedule.Remove(t.Context(), w, nightly.ID()) },
+		"trigger": func() error { _, err := schedule.Trigger(t.Context(), w, nightly.ID()); return err },
+	} {
+		err := do()
+		if want := op + " schedule pgkeep/main/logical: there is none"; err == nil || err.Error() != want || !errors.Is(err, fail.BadConfig) {
+			t.Errorf("%s: %v, want %s", op, err, want)
+		}
+	}
+}
