@@ -49,6 +49,7 @@ const (
 	TemporalDown Kind = "temporal-down"
 	Stopping     Kind = "stopping" // the worker was told to stop
 	Cancelled    Kind = "cancelled"
+	NoWorker     Kind = "no-worker" // nobody serves the task queue of a host
 )
 
 // kinds is the one place that says what a kind means to the outside.
@@ -81,6 +82,7 @@ var kinds = map[Kind]row{
 	TemporalDown:   {exit: 40, retry: true, means: "the Temporal server does not answer", hint: "is the Temporal server up? list, show, verify and restore work without it"},
 	Stopping:       {exit: 41, retry: true, means: "the worker was told to stop; another attempt goes on from here"},
 	Cancelled:      {exit: 42, means: "somebody cancelled it"},
+	NoWorker:       {exit: 43, means: "no worker serves the task queue of the host", hint: "start pgkeep worker on that host; pgkeep ps shows what waits"},
 }
 
 type row struct {

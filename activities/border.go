@@ -1,0 +1,131 @@
+// Package activities is the border between Temporal and the work. An activity
+// unpacks a request, calls one internal package, reports progress, and
+// translates the error. It holds no decision of its own.
+package activities
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.temporal.io/sdk/activity"
+	"go.temporal.io/sdk/temporal"
+
+	"github.com/pgkeep/pgkeep/internal/fail"
+)
+
+// Progress is the detail of a heartbeat: what a person wants to know. It is a
+// hint only; what is done stands in the spool and in the repository.
+type Progress struct {
+	Stage string `json:"stage"`
+	Done  int64  `json:"done"`  // bytes
+	Total int64  `json:"total"` // bytes; 0: not known
+}
+
+// A moved function says that the work moved on.
+type moved func(Progress)
+
+// watched runs work with a context that ends when the workflow is cancelled, and
+// some time after the worker is told to stop: what is nearly done gets done.
+// Heartbeats go out while work moves; after quiet without a call of moved they
+// cease, so that the server takes a hanging attempt for dead.
+func watched(ctx context.Context, stage string, grace, quiet time.Duration, work func(context.Context, moved) error) error {
+	wctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var last atomic.Pointer[Progress]
+	var at atomic.Int64 // of the last move, as Unix time in nanoseconds
+	note := func(p Progress) {
+		p.Stage = stage
+		last.Store(&p)
+		at.Store(time.Now().UnixNano())
+	}
+	note(Progress{})
+	activity.RecordHeartbeat(ctx, *last.Load())
+
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		tick := time.NewTicker(2 * time.Second)
+		defer tick.Stop()
+		stopping := activity.GetWorkerStopChannel(ctx)
+		var enough <-chan time.Time
+		for {
+			select {
+			case <-done:
+				return
+			case <-tick.C:
+				if time.Since(time.Unix(0, at.Load())) < quiet {
+					activity.RecordHeartbeat(ctx, *last.Load())
+				}
+			case <-stopping:
+				stopping, enough = nil, time.After(grace)
+			case <-enough:
+				enough = nil
+				cancel(errStopping)
+			}
+		}
+	})
+	err := work(wctx, note)
+	close(done)
+	wg.Wait()
+	if err != nil && errors.Is(context.Cause(wctx), errStopping) {
+		// The worker sends what it has of heartbeats while this returns; give
+		// it the newest, and time to send it.
+		activity.RecordHeartbeat(ctx, *last.Load())
+		select {
+		case <-time.After(250 * time.Millisecond):
+		case <-ctx.Done():
+		}
+		return temporal.NewApplicationErrorWithOptions("the worker was told to stop", string(fail.Stopping), temporal.ApplicationErrorOptions{
+			NextRetryDelay: time.Second, Category: temporal.ApplicationErrorCategoryBenign})
+	}
+	return border(ctx, err)
+}
+
+var errStopping = errors.New("the worker was told to stop")
+
+// maxFailures is how often what PostgreSQL's programs do may fail by itself
+// before the backup does. Attempts that end because a worker does count, too.
+const maxFailures = 5
+
+// border translates err for Temporal: its kind decides whether to retry, and
+// travels as the type of the application error, its hint as the details. The
+// causes stay here: they would stand in the history once more, each.
+func border(ctx context.Context, err error) error {
+	if err == nil {
+		return nil
+	}
+	if cause := context.Cause(ctx); cause != nil && ctx.Err() != nil {
+		if temporal.IsCanceledError(cause) || errors.Is(cause, activity.ErrActivityPaused) || errors.Is(cause, activity.ErrActivityReset) {
+			return cause
+		}
+	}
+	kind := fail.KindOf(err)
+	final := !kind.Retry() || kind == fail.DumpFailed && activity.GetInfo(ctx).Attempt >= maxFailures
+	text := err.Error()
+	if len(text) > 2000 { // the server cuts failures off at 4 KiB
+		text = text[:2000] + "…"
+	}
+	opt := temporal.ApplicationErrorOptions{NonRetryable: final}
+	if hint := fail.HintOf(err); hint != "" {
+		opt.Details = []any{Advice{hint}}
+	}
+	return temporal.NewApplicationErrorWithOptions(text, string(kind), opt)
+}
+
+// Advice is the detail of a failure: what to do about it.
+type Advice struct {
+	Hint string `json:"hint"`
+}
+
+// AdviceOf returns the advice that travelled with a failure, or "".
+func AdviceOf(err error) string {
+	var app *temporal.ApplicationError
+	var a Advice
+	if errors.As(err, &app) && app.HasDetails() && app.Details(&a) == nil {
+		return a.Hint
+	}
+	return ""
+}

@@ -1,0 +1,156 @@
+// Package worker puts the pieces together on a host: it registers workflows and
+// activities, serves their task queues until told to stop, and looks after the
+// spool.
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"go.temporal.io/api/enums/v1"
+	"go.temporal.io/api/serviceerror"
+	"go.temporal.io/sdk/activity"
+	"go.temporal.io/sdk/client"
+	sdk "go.temporal.io/sdk/worker"
+
+	"github.com/pgkeep/pgkeep/activities"
+	"github.com/pgkeep/pgkeep/internal/backup"
+	"github.com/pgkeep/pgkeep/workflows"
+)
+
+// Options are what a worker needs. The zero value of each field in the last
+// group is right.
+type Options struct {
+	Client  client.Client
+	Host    string
+	Logical []*backup.Logical // of the clusters of this host
+	Log     *slog.Logger
+
+	Activities int           // at a time on this host; 0: 4
+	Grace      time.Duration // for what runs when the worker is told to stop; 0: 15 s
+	Tidy       time.Duration // how often the spool is looked after; 0: 15 minutes
+}
+
+// Run serves until ctx ends or the connection is beyond hope. Then it lets what
+// runs finish or stop in good order, which takes up to Grace and ten seconds.
+func Run(ctx context.Context, opt Options) error {
+	if opt.Activities == 0 {
+		opt.Activities = 4
+	}
+	if opt.Grace == 0 {
+		opt.Grace = 15 * time.Second
+	}
+	if opt.Tidy == 0 {
+		opt.Tidy = 15 * time.Minute
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	fatal := func(err error) { cancel(fmt.Errorf("worker: %w", err)) }
+
+	shared := sdk.New(opt.Client, workflows.Queue, sdk.Options{
+		DisableRegistrationAliasing: true,
+		WorkerStopTimeout:           5 * time.Second,
+		OnFatalError:                fatal,
+	})
+	workflows.Register(shared)
+
+	h := &activities.Host{Logical: make(map[string]*backup.Logical), Grace: opt.Grace}
+	for _, l := range opt.Logical {
+		h.Logical[l.Name] = l
+	}
+	local := sdk.New(opt.Client, workflows.HostQueue(opt.Host), sdk.Options{
+		DisableWorkflowWorker:              true, // else it would stop before activities hear of it
+		MaxConcurrentActivityExecutionSize: opt.Activities,
+		MaxHeartbeatThrottleInterval:       10 * time.Second,
+		WorkerStopTimeout:                  opt.Grace + 10*time.Second, // to end programs and send the last heartbeat
+		OnFatalError:                       fatal,
+	})
+	local.RegisterActivityWithOptions(h, activity.RegisterOptions{})
+
+	workers := []sdk.Worker{shared, local}
+	for i, w := range workers {
+		if err := w.Start(); err != nil {
+			stopAll(workers[:i])
+			return fmt.Errorf("start worker: %w", err)
+		}
+	}
+	opt.Log.Info("worker serves", "host", opt.Host, "queues", []string{workflows.Queue, workflows.HostQueue(opt.Host)}, "clusters", len(opt.Logical))
+	var wg sync.WaitGroup
+	wg.Go(func() { tidy(ctx, opt) })
+	<-ctx.Done()
+	opt.Log.Info("worker stops", "grace", opt.Grace)
+	stopAll(workers)
+	wg.Wait()
+	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
+		return cause
+	}
+	return nil
+}
+
+// stopAll stops workers side by side: each waits for its own.
+func stopAll(workers []sdk.Worker) {
+	var wg sync.WaitGroup
+	for _, w := range workers {
+		wg.Go(w.Stop)
+	}
+	wg.Wait()
+}
+
+// tidy removes, at once and then now and then, what backups left in the spool
+// whose workflows are gone: a terminated one runs no code that would.
+func tidy(ctx context.Context, opt Options) {
+	for tick := time.NewTicker(opt.Tidy); ; {
+		for _, l := range opt.Logical {
+			if err := tidyOne(ctx, opt, l); err != nil && ctx.Err() == nil {
+				opt.Log.Warn("spool not looked after", "cluster", l.Name, "error", err)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			tick.Stop()
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+func tidyOne(ctx context.Context, opt Options, l *backup.Logical) error {
+	spooled, err := l.Spooled()
+	if err != nil {
+		return err
+	}
+	for id, by := range spooled {
+		open, err := isOpen(ctx, opt.Client, by)
+		if err != nil {
+			return err
+		}
+		if open {
+			continue
+		}
+		if err := l.CleanUp(ctx, id); err != nil {
+			return err
+		}
+		opt.Log.Info("spool of a backup that is gone removed", "cluster", l.Name, "id", id)
+	}
+	return nil
+}
+
+// isOpen reports whether a workflow run is still running. Only the server's own
+// word that it is not makes it false.
+func isOpen(ctx context.Context, c client.Client, by backup.Owner) (bool, error) {
+	if by.Run == "" { // just being made, or not ours to judge
+		return true, nil
+	}
+	d, err := c.DescribeWorkflowExecution(ctx, by.Workflow, by.Run)
+	if _, gone := errors.AsType[*serviceerror.NotFound](err); gone {
+		return false, nil
+	}
+	if err != nil {
+		return true, err
+	}
+	return d.GetWorkflowExecutionInfo().GetStatus() == enums.WORKFLOW_EXECUTION_STATUS_RUNNING, nil
+}

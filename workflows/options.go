@@ -1,0 +1,54 @@
+package workflows
+
+import (
+	"time"
+
+	"go.temporal.io/sdk/temporal"
+	"go.temporal.io/sdk/workflow"
+)
+
+// Every timeout and retry policy of pgkeep is in this file. Each function
+// returns options of its own: nothing is shared.
+
+// quick is for work that ends in seconds: a few queries, a small object. It is
+// the first to run on a host, and tells when nobody serves the host's queue.
+func quick(host, summary string) workflow.ActivityOptions {
+	return workflow.ActivityOptions{
+		TaskQueue:              HostQueue(host),
+		Summary:                summary,
+		ScheduleToStartTimeout: 5 * time.Minute, // no worker on that host
+		StartToCloseTimeout:    3 * time.Minute,
+		ScheduleToCloseTimeout: 15 * time.Minute,
+		RetryPolicy:            &temporal.RetryPolicy{InitialInterval: 2 * time.Second, MaximumInterval: time.Minute},
+	}
+}
+
+// patient is for small work near the end of a backup: hours of it are not thrown
+// away because a server is restarted.
+func patient(host, summary string) workflow.ActivityOptions {
+	opt := quick(host, summary)
+	opt.ScheduleToStartTimeout, opt.ScheduleToCloseTimeout = 0, 12*time.Hour
+	return opt
+}
+
+// long is for work that moves a whole cluster. A lost worker is noticed by its
+// silence, not by the clock; restarts of workers do not use up attempts.
+func long(host, summary string) workflow.ActivityOptions {
+	return workflow.ActivityOptions{
+		TaskQueue:              HostQueue(host),
+		Summary:                summary,
+		StartToCloseTimeout:    24 * time.Hour,
+		ScheduleToCloseTimeout: 48 * time.Hour,
+		HeartbeatTimeout:       30 * time.Second,
+		WaitForCancellation:    true, // it ends programs and leaves things in order
+		RetryPolicy:            &temporal.RetryPolicy{InitialInterval: 5 * time.Second, MaximumInterval: 5 * time.Minute},
+	}
+}
+
+// cleanup is for what must be tried at the end, however it came, and must not
+// keep a workflow open on behalf of a host that never comes back.
+func cleanup(host, summary string) workflow.ActivityOptions {
+	opt := quick(host, summary)
+	opt.ScheduleToStartTimeout, opt.ScheduleToCloseTimeout = 0, 10*time.Minute
+	return opt
+}

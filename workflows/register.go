@@ -1,0 +1,14 @@
+package workflows
+
+import "go.temporal.io/sdk/workflow"
+
+// A Registry takes workflows: a worker's, or a replayer's.
+type Registry interface {
+	RegisterWorkflowWithOptions(w any, options workflow.RegisterOptions)
+}
+
+// Register is the list of workflows, under the names that stand in histories.
+func Register(r Registry) {
+	r.RegisterWorkflowWithOptions(Scheduled, workflow.RegisterOptions{Name: ScheduledName})
+	r.RegisterWorkflowWithOptions(LogicalBackup, workflow.RegisterOptions{Name: LogicalBackupName})
+}

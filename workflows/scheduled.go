@@ -1,0 +1,54 @@
+package workflows
+
+import (
+	"errors"
+	"fmt"
+
+	enumspb "go.temporal.io/api/enums/v1"
+	"go.temporal.io/sdk/temporal"
+	"go.temporal.io/sdk/workflow"
+
+	"github.com/pgkeep/pgkeep/activities"
+	"github.com/pgkeep/pgkeep/internal/fail"
+)
+
+// Scheduled runs one backup as a child of a fixed id, the same under which
+// pgkeep backup starts one by hand: so at most one runs for a cluster and kind,
+// wherever it was started. A schedule gives each of its runs an id of its own,
+// which would keep nothing apart.
+func Scheduled(ctx workflow.Context, req ScheduledRequest) (LogicalBackupResult, error) {
+	var res LogicalBackupResult
+	if req.Kind != Logical {
+		return res, temporal.NewNonRetryableApplicationError(fmt.Sprintf("this pgkeep knows no backup of kind %q", req.Kind), string(fail.BadConfig), nil)
+	}
+	// What Temporal set for the schedule is its own, and stays with this run.
+	opt := workflow.ChildWorkflowOptions{
+		WorkflowID:            BackupWorkflowID(req.Cluster, req.Kind),
+		TaskQueue:             Queue,
+		WaitForCancellation:   true,
+		ParentClosePolicy:     enumspb.PARENT_CLOSE_POLICY_REQUEST_CANCEL,
+		WorkflowIDReusePolicy: enumspb.WORKFLOW_ID_REUSE_POLICY_ALLOW_DUPLICATE,
+		TypedSearchAttributes: inherited(workflow.GetTypedSearchAttributes(ctx)),
+		StaticSummary:         "logical backup of " + req.Cluster + ", scheduled",
+	}
+	err := workflow.ExecuteChildWorkflow(workflow.WithChildOptions(ctx, opt), LogicalBackupName,
+		LogicalBackupRequest{Cluster: req.Cluster, Host: req.Host}).Get(ctx, &res)
+	var running *temporal.ChildWorkflowExecutionAlreadyStartedError
+	if errors.As(err, &running) {
+		return res, temporal.NewNonRetryableApplicationError(
+			fmt.Sprintf("a %s backup of %s is running already, as workflow %s: this one was not taken", req.Kind, req.Cluster, opt.WorkflowID),
+			string(fail.AlreadyRunning), nil, activities.Advice{Hint: fail.HintOf(fail.AlreadyRunning)})
+	}
+	return res, err
+}
+
+// inherited are the search attributes that a run passes on to its child.
+func inherited(all temporal.SearchAttributes) temporal.SearchAttributes {
+	var set []temporal.SearchAttributeUpdate
+	for _, key := range []temporal.SearchAttributeKeyKeyword{PgkeepCluster, PgkeepHost, PgkeepKind} {
+		if value, ok := all.GetKeyword(key); ok {
+			set = append(set, key.ValueSet(value))
+		}
+	}
+	return temporal.NewSearchAttributes(set...)
+}
