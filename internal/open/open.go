@@ -6,11 +6,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"strings"
 
 	"filippo.io/age"
 
+	"github.com/pgkeep/pgkeep/internal/backup"
 	"github.com/pgkeep/pgkeep/internal/cluster"
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
@@ -122,4 +124,21 @@ func Repository(ctx context.Context, c *config.Config, version string) (*repo.Re
 func Cluster(c config.Cluster) (cluster.Cluster, error) {
 	password, err := c.Password()
 	return cluster.Cluster{Conninfo: string(c.Conninfo), Password: password.Reveal(), BinDir: string(c.BinDir)}, err
+}
+
+// Logical returns who takes the logical backups of a cluster on this host.
+func Logical(c *config.Config, name string, st store.Store, a repo.Access, log *slog.Logger) (*backup.Logical, error) {
+	settings, err := c.Cluster(name)
+	if err != nil {
+		return nil, err
+	}
+	at, err := Cluster(settings)
+	if err != nil {
+		return nil, err
+	}
+	s := settings.Logical
+	return &backup.Logical{Name: name, Host: string(c.Host), Cluster: at, Spool: string(c.Spool), Log: log,
+		Open:      func(ctx context.Context) (*repo.Repo, error) { return repo.Open(ctx, st, a) },
+		Databases: s.Databases, Exclude: s.Exclude, Jobs: s.Jobs, RolePasswords: s.RolePasswords,
+		StallAfter: s.StallTimeout, LockWait: s.LockWait}, nil
 }

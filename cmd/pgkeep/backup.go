@@ -1,0 +1,222 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+	"go.temporal.io/sdk/client"
+	"go.temporal.io/sdk/temporal"
+
+	"github.com/pgkeep/pgkeep/activities"
+	"github.com/pgkeep/pgkeep/internal/config"
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/schedule"
+	"github.com/pgkeep/pgkeep/workflows"
+)
+
+func backupCommand(e *env) *cli.Command {
+	return &cli.Command{
+		Name:      "backup",
+		Usage:     "take a backup now",
+		ArgsUsage: "[CLUSTER]",
+		Category:  backups,
+		Description: "A worker on the cluster's host takes it; this command starts it and, unless told otherwise,\n" +
+			"waits. Interrupting the command does not interrupt the backup.\n\n" + examples(
+			"pgkeep backup", "of the only cluster in the configuration",
+			"pgkeep backup --database sales main", "of one database",
+			"pgkeep backup --detach main", "and do not wait"),
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "kind", Usage: "take a backup of `KIND`: logical", Value: workflows.Logical},
+			&cli.StringSliceFlag{Name: "database", Usage: "dump only `DATABASE`; may be repeated"},
+			boolFlag("wait", "wait until it is done; this is what happens anyway"),
+			boolFlag("detach", "do not wait"),
+			jsonFlag(),
+		},
+		Action: func(c *cli.Context) error {
+			return e.backup(c.Context, backupOptions{Cluster: c.Args().First(), Kind: c.String("kind"), Databases: c.StringSlice("database"),
+				Wait: c.Bool("wait"), Detach: c.Bool("detach"), JSON: c.Bool("json")})
+		},
+	}
+}
+
+type backupOptions struct {
+	Cluster   string // "": the only one
+	Kind      string
+	Databases []string
+	Wait      bool
+	Detach    bool
+	JSON      bool
+}
+
+// runTimeout ends a run that would otherwise stand in the way of the next for ever.
+const runTimeout = 72 * time.Hour
+
+func (e *env) backup(ctx context.Context, opt backupOptions) error {
+	if opt.Kind != workflows.Logical {
+		return config.Errorf("--kind %s: this pgkeep takes logical backups only", opt.Kind)
+	}
+	if opt.Wait && opt.Detach {
+		return config.Errorf("--wait and --detach exclude each other")
+	}
+	cfg, err := e.config()
+	if err != nil {
+		return err
+	}
+	name, settings, err := theCluster(cfg, opt.Cluster)
+	if err != nil {
+		return err
+	}
+	host := settings.Host
+	if host == "" {
+		host = cfg.Host
+	}
+	s, err := e.temporal(ctx)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	start := client.StartWorkflowOptions{
+		ID: workflows.BackupWorkflowID(name, opt.Kind), TaskQueue: workflows.Queue,
+		WorkflowExecutionErrorWhenAlreadyStarted: true, // else this would be somebody else's backup
+		WorkflowRunTimeout:                       runTimeout,
+		StaticSummary:                            "logical backup of " + name,
+	}
+	if searchable, err := schedule.Searchable(ctx, s, s.namespace); err != nil {
+		return err
+	} else if searchable {
+		start.TypedSearchAttributes = temporal.NewSearchAttributes(workflows.PgkeepCluster.ValueSet(name),
+			workflows.PgkeepKind.ValueSet(opt.Kind), workflows.PgkeepHost.ValueSet(string(host)))
+	}
+	run, err := s.ExecuteWorkflow(ctx, start, workflows.LogicalBackupName,
+		workflows.LogicalBackupRequest{Cluster: name, Host: string(host), Databases: opt.Databases})
+	if temporal.IsWorkflowExecutionAlreadyStartedError(err) {
+		return fail.With(fail.AlreadyRunning, fmt.Errorf("a %s backup of %s is running already, as workflow %s", opt.Kind, name, start.ID))
+	}
+	if err != nil {
+		return fmt.Errorf("start backup: %w", err)
+	}
+	link := s.link(run.GetID(), run.GetRunID())
+	e.say("backup of %s started", name)
+	if link != "" {
+		e.say("%s", link)
+	}
+	if opt.Detach {
+		return e.printStarted("backup", s, run.GetID(), run.GetRunID(), opt.JSON)
+	}
+	var res workflows.LogicalBackupResult
+	if err := e.await(ctx, s, run, &res); err != nil {
+		return err
+	}
+	if opt.JSON {
+		return printJSON(e.out, "backup", struct {
+			Cluster string `json:"cluster"`
+			workflows.LogicalBackupResult
+			Link string `json:"link,omitempty"`
+		}{name, res, link})
+	}
+	_, err = fmt.Fprintf(e.out, "%s  %s  %d databases, %s dumped, %s stored in %d packs, verified: %s\n",
+		res.ID, name, res.Databases, size(res.Bytes), size(res.Stored), res.Packs, res.Verified)
+	return err
+}
+
+// await waits for a run and shows meanwhile how far it is.
+func (e *env) await(ctx context.Context, s *server, run client.WorkflowRun, res any) error {
+	done := make(chan error, 1)
+	go func() { done <- run.Get(ctx, res) }()
+	var bar *progress
+	var stage string
+	end := func() {
+		if bar != nil {
+			bar.End()
+		}
+		bar = nil
+	}
+	defer end()
+	for tick := time.NewTicker(time.Second); ; {
+		select {
+		case err := <-done:
+			tick.Stop()
+			end()
+			return e.ended(ctx, run, err)
+		case <-tick.C:
+		}
+		step, ok := s.step(ctx, run)
+		if !ok {
+			continue
+		}
+		if step.Stage != stage {
+			end()
+			stage, bar = step.Stage, e.progress(step.Stage, step.Total)
+		}
+		bar.Set(step.Done, step.Total)
+	}
+}
+
+// step returns what the activity of a run tells of its progress.
+func (s *server) step(ctx context.Context, run client.WorkflowRun) (stepDone, bool) {
+	d, err := s.DescribeWorkflowExecution(ctx, run.GetID(), run.GetRunID())
+	if err != nil {
+		return stepDone{}, false // run.Get tells what is wrong, if it lasts
+	}
+	for _, a := range d.PendingActivities {
+		if shown := activity(a); shown.Progress != nil {
+			return *shown.Progress, true
+		}
+	}
+	return stepDone{}, false
+}
+
+// ended says how a run came out.
+func (e *env) ended(ctx context.Context, run client.WorkflowRun, err error) error {
+	if err == nil {
+		return nil
+	}
+	if ctx.Err() != nil {
+		e.say("the backup goes on: pgkeep ps shows it, pgkeep cancel %s stops it", run.GetID())
+		return fail.With(fail.Cancelled, errors.New("interrupted while waiting"))
+	}
+	if temporal.IsCanceledError(err) {
+		return fail.With(fail.Cancelled, fmt.Errorf("the backup was cancelled"))
+	}
+	if _, ok := errors.AsType[*temporal.TerminatedError](err); ok {
+		return fail.With(fail.Cancelled, fmt.Errorf("the backup was terminated"))
+	}
+	kind := fail.KindOf(err)
+	var step string
+	if act, ok := errors.AsType[*temporal.ActivityError](err); ok {
+		step = strings.ToLower(act.ActivityType().GetName()) + ": "
+	}
+	hint := activities.AdviceOf(err)
+	if app, ok := errors.AsType[*temporal.ApplicationError](err); ok {
+		err = fail.With(kind, errors.New(step+app.Message()))
+	}
+	if hint != "" {
+		err = fail.Hint(err, hint)
+	}
+	return err
+}
+
+// theCluster returns the settings of a cluster; without a name, of the only one.
+func theCluster(cfg *config.Config, name string) (string, config.Cluster, error) {
+	if name == "" && len(cfg.Clusters) == 1 {
+		for only := range cfg.Clusters {
+			name = string(only)
+		}
+	}
+	if name == "" {
+		var names []string
+		for n := range cfg.Clusters {
+			names = append(names, string(n))
+		}
+		if len(names) == 0 {
+			return "", config.Cluster{}, fail.Hint(config.Errorf("no cluster in the configuration"), "describe one under clusters")
+		}
+		return "", config.Cluster{}, fail.Hint(config.Errorf("which cluster?"), "one of: "+strings.Join(names, ", "))
+	}
+	settings, err := cfg.Cluster(name)
+	return name, settings, err
+}

@@ -1,0 +1,95 @@
+package main
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/pgkeep/pgkeep/internal/backup"
+	"github.com/pgkeep/pgkeep/internal/config"
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/open"
+	"github.com/pgkeep/pgkeep/worker"
+)
+
+func workerCommand(e *env) *cli.Command {
+	return &cli.Command{
+		Name:     "worker",
+		Usage:    "serve this host: take the backups that Temporal asks for",
+		Category: setUp,
+		Description: "Runs until SIGINT or SIGTERM. What is being done then has some seconds to finish; the rest\n" +
+			"goes on from where it was when a worker is there again.\n\n" + examples(
+			"pgkeep worker", "as systemd or a container starts it"),
+		Flags: []cli.Flag{
+			&cli.DurationFlag{Name: "grace", Usage: "let what runs go on for `DURATION` after the signal", Value: 15 * time.Second},
+		},
+		Action: func(c *cli.Context) error { return e.worker(c.Context, c.Duration("grace")) },
+	}
+}
+
+// worker serves the clusters of this host until ctx ends. That is how it is
+// told to stop: no failure.
+func (e *env) worker(ctx context.Context, grace time.Duration) error {
+	cfg, err := e.config()
+	if err != nil {
+		return err
+	}
+	log, err := e.log()
+	if err != nil {
+		return err
+	}
+	st, err := open.Store(ctx, cfg.Repository)
+	if err != nil {
+		return err
+	}
+	access, err := open.Access(cfg, thisVersion().Version)
+	if err != nil {
+		return err
+	}
+	if access.Signer == nil {
+		return fail.Hint(config.Errorf("no signing key: nothing this host writes would be believed"), "pgkeep init makes one")
+	}
+	var logical []*backup.Logical
+	for _, name := range slices.Sorted(maps.Keys(cfg.Clusters)) {
+		if host := cfg.Clusters[name].Host; host != "" && host != cfg.Host {
+			continue
+		}
+		l, err := open.Logical(cfg, string(name), st, access, log)
+		if err != nil {
+			return err
+		}
+		logical = append(logical, l)
+	}
+	if len(logical) == 0 {
+		return config.Errorf("no cluster of host %s in the configuration: nothing to serve", cfg.Host)
+	}
+	s, err := e.temporalAtLast(ctx)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	return worker.Run(ctx, worker.Options{Client: s, Host: string(cfg.Host), Logical: logical, Log: log, Grace: grace})
+}
+
+// temporalAtLast connects to the server, and waits for it as long as it takes:
+// at boot the worker may well be there first.
+func (e *env) temporalAtLast(ctx context.Context) (*server, error) {
+	for wait, said := time.Second, false; ; wait = min(2*wait, 30*time.Second) {
+		s, err := e.temporal(ctx)
+		if err == nil || fail.KindOf(classify(ctx, err)) != fail.TemporalDown {
+			return s, err
+		}
+		if !said {
+			e.say("waiting for Temporal: %v", err)
+			said = true
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(wait):
+		}
+	}
+}
