@@ -108,12 +108,15 @@ func streamed(t *testing.T, s store.Store) {
 
 func failedPut(t *testing.T, s store.Store) {
 	cut := errors.New("cut")
-	for _, size := range []int{0, 10, Big} {
-		half := io.MultiReader(bytes.NewReader(random(size)), iotest.ErrReader(cut))
-		if err := s.Put(t.Context(), "k", half, store.PutOptions{}); !errors.Is(err, cut) {
-			t.Fatalf("put of a reader that fails after %d bytes: err = %v, want %v", size, err, cut)
+	for _, size := range []int{0, 10, 16 << 20, Big} {
+		// An unexpected EOF is how a reader says that its own source is cut.
+		for _, cut := range []error{cut, io.ErrUnexpectedEOF} {
+			half := io.MultiReader(bytes.NewReader(random(size)), iotest.ErrReader(cut))
+			if err := s.Put(t.Context(), "k", half, store.PutOptions{}); !errors.Is(err, cut) {
+				t.Fatalf("put of a reader that fails after %d bytes: err = %v, want %v", size, err, cut)
+			}
+			wantNone(t, s, "k")
 		}
-		wantNone(t, s, "k")
 	}
 	broken := &brokenSeeker{strings.NewReader("0123456789"), cut}
 	if err := s.Put(t.Context(), "k", broken, store.PutOptions{}); !errors.Is(err, cut) {

@@ -66,7 +66,7 @@ func play(t *testing.T, answers ...answer) (*s3.Bucket, *script) {
 	}
 	return open(t, s3.Options{
 		Bucket: "bucket", Endpoint: srv.URL, PathStyle: true, CAFile: ca,
-		AccessKeyID: "AKIA", SecretAccessKey: "canary", Patience: 2 * time.Second, Stall: 2 * time.Second,
+		AccessKeyID: "AKIA", SecretAccessKey: "canary", Patience: 5 * time.Second, Stall: 2 * time.Second,
 	}), sc
 }
 

@@ -298,19 +298,35 @@ type parts func(n int32) (body *section, last bool, err error)
 // TiB, the largest object there is.
 func streamed(r io.Reader) parts {
 	in := bufio.NewReader(r)
-	var buf bytes.Buffer
+	buf := make([]byte, 64<<10) // enough for what is small
 	return func(n int32) (*section, bool, error) {
-		size := partSize * (1 + int64(n)/150)
-		buf.Reset()
-		if _, err := buf.ReadFrom(io.LimitReader(in, size)); err != nil {
-			return nil, false, fmt.Errorf("%w: %w", errSource, err)
+		size := partSize * (1 + int(n)/150)
+		got, err := fill(in, buf[:min(size, len(buf))])
+		if err == nil && got < size {
+			buf = append(make([]byte, 0, size), buf...)[:size]
+			var more int
+			more, err = fill(in, buf[got:])
+			got += more
 		}
-		_, err := in.Peek(1)
+		if err == nil {
+			_, err = in.Peek(1)
+		}
 		if err != nil && err != io.EOF {
 			return nil, false, fmt.Errorf("%w: %w", errSource, err)
 		}
-		return &section{r: bytes.NewReader(buf.Bytes()), n: int64(buf.Len())}, err == io.EOF, nil
+		return &section{r: bytes.NewReader(buf[:got]), n: int64(got)}, err == io.EOF, nil
 	}
+}
+
+// fill reads until p is full. Other than io.ReadFull it leaves an unexpected
+// EOF to r: there it means that the object is cut short.
+func fill(r io.Reader, p []byte) (n int, err error) {
+	for n < len(p) && err == nil {
+		var got int
+		got, err = r.Read(p[n:])
+		n += got
+	}
+	return n, err
 }
 
 // A section is a part of what a reader yields, read several times: for the
