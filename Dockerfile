@@ -8,31 +8,16 @@
 ARG GO_IMAGE=golang:1.26.8-bookworm
 ARG DEBIAN_IMAGE=debian:12.12-slim
 
-# One stage for each program, so that a target builds only its own.
 FROM ${GO_IMAGE} AS go
 ENV CGO_ENABLED=0 GOFLAGS="-trimpath -buildvcs=false" GOTOOLCHAIN=local
 WORKDIR /src
 
+FROM ${DEBIAN_IMAGE} AS base
+RUN useradd --system --uid 10001 --user-group --no-create-home --home-dir /nonexistent pgkeep
+
 FROM go AS build-s3
 COPY tools ./
 RUN go build -ldflags "-s -w" -o /out/ github.com/versity/versitygw/cmd/versitygw
-
-FROM go AS build-server
-COPY cmd/pgkeep-server/go.mod cmd/pgkeep-server/go.sum ./
-RUN go mod download
-COPY cmd/pgkeep-server ./
-ARG VERSION=unknown
-RUN go build -ldflags "-s -w -X main.version=${VERSION}" -o /out/pgkeep-server .
-
-FROM go AS build-pgkeep
-COPY go.mod go.sum ./
-RUN go mod download
-COPY . .
-ARG VERSION=unknown
-RUN go build -ldflags "-s -w -X main.version=${VERSION}" -o /out/pgkeep ./cmd/pgkeep
-
-FROM ${DEBIAN_IMAGE} AS base
-RUN useradd --system --uid 10001 --user-group --no-create-home --home-dir /nonexistent pgkeep
 
 # The S3 server of the tests and of docker-compose.yml.
 FROM base AS s3
@@ -43,6 +28,13 @@ USER 10001:10001
 EXPOSE 9000
 ENTRYPOINT ["s3.sh"]
 
+FROM go AS build-server
+COPY cmd/pgkeep-server/go.mod cmd/pgkeep-server/go.sum ./
+RUN go mod download
+COPY cmd/pgkeep-server ./
+ARG VERSION=unknown
+RUN go build -ldflags "-s -w -X main.version=${VERSION}" -o /out/pgkeep-server .
+
 # Temporal and its Web UI in one process.
 FROM base AS server
 COPY --from=build-server /out/pgkeep-server /usr/local/bin/
@@ -51,6 +43,13 @@ USER 10001:10001
 EXPOSE 7233 8233
 ENTRYPOINT ["pgkeep-server"]
 CMD ["--db", "/var/lib/pgkeep-server/temporal.db"]
+
+FROM go AS build-pgkeep
+COPY go.mod go.sum ./
+RUN go mod download
+COPY . .
+ARG VERSION=unknown
+RUN go build -ldflags "-s -w -X main.version=${VERSION}" -o /out/pgkeep ./cmd/pgkeep
 
 # pgkeep itself: command line and worker, with the client programs of PostgreSQL.
 # They must be of the server's major version or a newer one; those of Debian 12
