@@ -157,17 +157,17 @@ func (e *env) await(ctx context.Context, s *server, run client.WorkflowRun, res 
 }
 
 // step returns what the activity of a run tells of its progress.
-func (s *server) step(ctx context.Context, run client.WorkflowRun) (stepDone, bool) {
+func (s *server) step(ctx context.Context, run client.WorkflowRun) (activities.Progress, bool) {
 	d, err := s.DescribeWorkflowExecution(ctx, run.GetID(), run.GetRunID())
 	if err != nil {
-		return stepDone{}, false // run.Get tells what is wrong, if it lasts
+		return activities.Progress{}, false // run.Get tells what is wrong, if it lasts
 	}
 	for _, a := range d.PendingActivities {
-		if shown := activity(a); shown.Progress != nil {
+		if shown := pendingActivity(a); shown.Progress != nil {
 			return *shown.Progress, true
 		}
 	}
-	return stepDone{}, false
+	return activities.Progress{}, false
 }
 
 // ended says how a run came out.

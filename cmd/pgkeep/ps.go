@@ -15,6 +15,7 @@ import (
 	"go.temporal.io/api/workflowservice/v1"
 	"go.temporal.io/sdk/converter"
 
+	"github.com/pgkeep/pgkeep/activities"
 	"github.com/pgkeep/pgkeep/workflows"
 )
 
@@ -52,19 +53,11 @@ type runShown struct {
 }
 
 type activityShown struct {
-	Name     string    `json:"name"`
-	State    string    `json:"state"` // "scheduled", "started" …
-	Attempt  int32     `json:"attempt"`
-	Progress *stepDone `json:"progress"` // null if it has told nothing yet
-	Failure  string    `json:"failure,omitempty"`
-}
-
-// stepDone is what the activities of pgkeep tell in their heartbeats. Total is
-// 0 if it is not known.
-type stepDone struct {
-	Stage string `json:"stage"`
-	Done  int64  `json:"done"`
-	Total int64  `json:"total"`
+	Name     string               `json:"name"`
+	State    string               `json:"state"` // "scheduled", "started" …
+	Attempt  int32                `json:"attempt"`
+	Progress *activities.Progress `json:"progress"` // null if it has told nothing yet
+	Failure  string               `json:"failure,omitempty"`
 }
 
 // running returns the workflows of pgkeep that are going on and match the
@@ -112,12 +105,12 @@ func (s *server) describe(ctx context.Context, w *commonpb.WorkflowExecution) (r
 		r.WaitsFor = append(r.WaitsFor, child.WorkflowId)
 	}
 	for _, a := range d.PendingActivities {
-		r.Activities = append(r.Activities, activity(a))
+		r.Activities = append(r.Activities, pendingActivity(a))
 	}
 	return r, nil
 }
 
-func activity(a *workflowpb.PendingActivityInfo) activityShown {
+func pendingActivity(a *workflowpb.PendingActivityInfo) activityShown {
 	shown := activityShown{
 		Name:    a.ActivityType.GetName(),
 		State:   strings.ToLower(strings.ReplaceAll(a.State.String(), "_", " ")),
@@ -125,7 +118,7 @@ func activity(a *workflowpb.PendingActivityInfo) activityShown {
 		Failure: oneLine(a.LastFailure.GetMessage()),
 	}
 	if len(a.HeartbeatDetails.GetPayloads()) > 0 {
-		var step stepDone
+		var step activities.Progress
 		// An activity of another version may tell something else: then nothing is shown.
 		if err := converter.GetDefaultDataConverter().FromPayloads(a.HeartbeatDetails, &step); err == nil {
 			shown.Progress = &step

@@ -65,11 +65,7 @@ func (e *env) scheduleApply(ctx context.Context, opt applyOptions) error {
 		return err
 	}
 	want := wanted(cfg, searchable)
-	var ids []string
-	for _, w := range want {
-		ids = append(ids, w.ID())
-	}
-	have, err := schedule.List(ctx, s, ids...)
+	have, err := schedule.List(ctx, s, ids(want)...)
 	if err != nil {
 		return err
 	}
@@ -93,6 +89,14 @@ func wanted(cfg *config.Config, searchable bool) []schedule.Schedule {
 		})
 	}
 	return want
+}
+
+func ids(schedules []schedule.Schedule) []string {
+	var ids []string
+	for _, s := range schedules {
+		ids = append(ids, s.ID())
+	}
+	return ids
 }
 
 // hosts are those a configuration speaks for.
@@ -139,22 +143,28 @@ func (e *env) printPlan(plan []schedule.Change, opt applyOptions) error {
 
 func scheduleListCommand(e *env) *cli.Command {
 	return &cli.Command{
-		Name:  "list",
-		Usage: "list the schedules on the server",
-		Flags: []cli.Flag{jsonFlag()},
-		Action: func(c *cli.Context) error {
-			s, err := e.temporal(c.Context)
-			if err != nil {
-				return err
-			}
-			defer s.Close()
-			have, err := schedule.List(c.Context, s)
-			if err != nil {
-				return err
-			}
-			return e.printSchedules(have, c.Bool("json"))
-		},
+		Name:   "list",
+		Usage:  "list the schedules on the server",
+		Flags:  []cli.Flag{jsonFlag()},
+		Action: func(c *cli.Context) error { return e.scheduleList(c.Context, c.Bool("json")) },
 	}
+}
+
+func (e *env) scheduleList(ctx context.Context, asJSON bool) error {
+	cfg, err := e.config()
+	if err != nil {
+		return err
+	}
+	s, err := e.temporal(ctx)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	have, err := schedule.List(ctx, s, ids(wanted(cfg, false))...)
+	if err != nil {
+		return err
+	}
+	return e.printSchedules(have, asJSON)
 }
 
 type scheduleShown struct {

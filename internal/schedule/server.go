@@ -1,6 +1,7 @@
 package schedule
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -178,7 +179,7 @@ func Trigger(ctx context.Context, c client.Client, id string) (Run, error) {
 	if err := handle.Trigger(ctx, client.ScheduleTriggerOptions{}); err != nil {
 		return Run{}, found("trigger", id, err)
 	}
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	waiting, cancel := context.WithTimeout(ctx, startWithin)
 	defer cancel()
 	again := time.NewTicker(200 * time.Millisecond)
 	defer again.Stop()
@@ -197,11 +198,14 @@ func Trigger(ctx context.Context, c client.Client, id string) (Run, error) {
 		}
 		select {
 		case <-again.C:
-		case <-ctx.Done():
-			return Run{}, fmt.Errorf("trigger schedule %s: nothing was started: %w", id, ctx.Err())
+		case <-waiting.Done():
+			return Run{}, cmp.Or(ctx.Err(), fmt.Errorf("trigger schedule %s: the server started nothing in %s", id, startWithin))
 		}
 	}
 }
+
+// startWithin is how long the server may take to start what was triggered.
+const startWithin = 30 * time.Second
 
 func started(d *client.ScheduleDescription) []Run {
 	var runs []Run
