@@ -37,6 +37,12 @@ func ParseID(s string) (ID, error) {
 	return ID(s), nil
 }
 
+// Time is when the backup began, to the second.
+func (id ID) Time() time.Time {
+	t, _ := time.Parse("20060102T150405Z", strings.SplitN(string(id), "-", 2)[0]) // zero for what is no ID
+	return t
+}
+
 // A Ref says which backup is meant.
 type Ref struct {
 	Cluster string `json:"cluster"`

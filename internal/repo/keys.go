@@ -116,9 +116,8 @@ func (r *Repo) AddRecipients(ctx context.Context, recipients []string, now time.
 }
 
 func (r *Repo) writeEpoch(ctx context.Context, id *age.X25519Identity, number, version int, recipients []string, now time.Time) (Epoch, error) {
-	if len(recipients) == 0 {
-		return Epoch{}, fail.Hint(fmt.Errorf("no recipients: nobody could ever open the backups: %w", fail.BadConfig),
-			"give at least two age recipients, one of them kept offline: pgkeep key init --recipient age1… --recipient age1…")
+	if err := checkRecipients(recipients); err != nil {
+		return Epoch{}, err
 	}
 	e := Epoch{Header: r.access.header("epoch"), Repository: r.Marker.ID, Number: number, Version: version,
 		CreatedAt: now.UTC().Truncate(time.Second), Recipient: id.Recipient().String()}
@@ -143,6 +142,20 @@ func (r *Repo) writeEpoch(ctx context.Context, id *age.X25519Identity, number, v
 		return Epoch{}, fmt.Errorf("%s was written by somebody else just now: %w", key, fail.AlreadyRunning)
 	}
 	return e, err
+}
+
+// checkRecipients refuses a list that would lock everybody out, now or later.
+func checkRecipients(recipients []string) error {
+	if len(recipients) == 0 {
+		return fail.Hint(fmt.Errorf("no recipients: nobody could ever open the backups: %w", fail.BadConfig),
+			"put age recipients under keys.recipients, at least two of them, one kept offline; or pgkeep init --new-identity operator.key makes an identity")
+	}
+	for _, text := range recipients {
+		if _, err := ParseRecipient(text); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // ParseRecipient parses an age recipient, classic (age1…) or hybrid (age1pq1…).

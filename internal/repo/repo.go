@@ -111,6 +111,11 @@ func Init(ctx context.Context, st store.Store, a Access, recipients []string, no
 	r, err := Open(ctx, st, a)
 	created := false
 	if errors.Is(err, errNoRepository) {
+		if a.Encrypted {
+			if err := checkRecipients(recipients); err != nil { // before anything is written
+				return nil, false, err
+			}
+		}
 		if err := store.Probe(ctx, st, "probe/"+randomHex(8)); err != nil {
 			return nil, false, err
 		}
