@@ -58,7 +58,7 @@ func setup(t *testing.T) *rig {
 		t.Fatal(err)
 	}
 	quiet := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))
-	r.client, err = client.Dial(client.Options{HostPort: r.temporal.Address, Namespace: r.temporal.Namespace, Logger: log.NewStructuredLogger(quiet)})
+	r.client, err = client.Dial(client.Options{HostPort: r.temporal.Address, Namespace: r.temporal.Namespace, Identity: "test", Logger: log.NewStructuredLogger(quiet)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,111 @@
+package repo
+
+import (
+	"bytes"
+	"errors"
+	"testing"
+
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/seal"
+)
+
+// What comes from the bucket may be anything. A parser that takes it answers
+// for every index and length in it.
+
+func FuzzFooter(f *testing.F) {
+	good := footer{Header: Header{Type: "pack", Format: 1}, Backup: "b", Number: 1, Seed: 7,
+		Files:  []packFile{{"a", 100, 100}, {"b", 8192*20 + 1, 8192}},
+		Frames: []frame{{0, 50, 100, []run{{0, 1}}}, {1, 9, 8193, []run{{3, 1}, {20, 1}}}}, ids: make([]seal.BlockID, 3)}
+	b, err := good.encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	if _, err := decodeFooter(b); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Add([]byte("{}\n"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		foot, err := decodeFooter(b)
+		if err != nil {
+			if !errors.Is(err, fail.Corrupt) && !errors.Is(err, fail.Unsupported) {
+				t.Errorf("err = %v: of no kind", err)
+			}
+			return
+		}
+		ids := foot.ids
+		for _, fr := range foot.Frames {
+			file, n := foot.Files[fr.File], int64(0)
+			for _, r := range fr.Blocks {
+				for b := r[0]; b < r[0]+r[1]; b++ {
+					if file.length(b) < 1 || file.length(b) > file.Block {
+						t.Fatalf("block %d of %+v has %d bytes", b, file, file.length(b))
+					}
+					n += file.length(b)
+				}
+			}
+			if n != int64(fr.Content) {
+				t.Fatalf("frame of %d bytes has blocks of %d", fr.Content, n)
+			}
+			ids = ids[fr.blocks():]
+		}
+		if len(ids) != 0 {
+			t.Fatal("ids left over")
+		}
+	})
+}
+
+func FuzzTree(f *testing.F) {
+	f.Add([]byte(`{"pgkeep":"tree","format":1,"backup":"b"}
+{"pack":{"key":"k","size":9,"data":1}}
+{"entry":{"p":"a/b","m":384,"sz":10,"bs":10,"L":[[0,0,1,0]]}}
+{"end":2}
+`))
+	f.Add([]byte(`{"pgkeep":"tree","format":1,"backup":"b"}
+{"entry":{"p":"../etc/passwd","m":384,"sz":10,"bs":10}}
+{"end":1}
+`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		tree, err := decodeTree(bytes.NewReader(b), "b")
+		if err != nil {
+			return
+		}
+		for _, e := range tree.Entries {
+			if validPath(e.Path) != nil {
+				t.Errorf("path %q", e.Path)
+			}
+			for _, l := range e.Layers {
+				_ = tree.Packs[l.Pack]
+			}
+			for _, z := range e.Zero {
+				if e.runLength(z) < 1 || e.after(z) < 0 {
+					t.Errorf("zero run %v of %+v", z, e)
+				}
+			}
+		}
+	})
+}
+
+func FuzzTail(f *testing.F) {
+	buf := new(bytes.Buffer)
+	b, err := newBuilder(buf, Header{Type: "pack", Format: 1}, "b", 1, 7, recipients{})
+	if err == nil {
+		err = b.add(packFile{"a", 3, 3}, []run{{0, 1}}, make([]seal.BlockID, 1), 3, []byte("xyz"))
+	}
+	if err == nil {
+		_, err = b.finish("k")
+	}
+	if err != nil {
+		f.Fatal(err)
+	}
+	r := new(Repo)
+	if _, _, err := r.decodeTail(buf.Bytes(), int64(buf.Len()), nil); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(buf.Bytes(), int64(buf.Len()))
+	f.Fuzz(func(t *testing.T, tail []byte, size int64) {
+		if foot, p, err := r.decodeTail(tail, size, nil); err == nil && (foot == nil || p.Data > size) {
+			t.Errorf("pack %+v", p)
+		}
+	})
+}
