@@ -96,7 +96,7 @@ func (s *Store) put(ctx context.Context, key string, r io.Reader, opt store.PutO
 				return ctx.Err() // so that nothing appears after the context ended
 			})
 		}
-		if errors.Is(err, fs.ErrNotExist) && !begun && tries < 5 {
+		if errors.Is(err, fs.ErrNotExist) && !begun && tries < 100 {
 			continue // a Delete that ran meanwhile took the empty directory away
 		}
 		if link, ok := errors.AsType[*os.LinkError](err); ok && opt.IfAbsent {

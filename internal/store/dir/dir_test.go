@@ -2,10 +2,12 @@ package dir_test
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/iotest"
@@ -88,6 +90,33 @@ func TestDeleteRemovesEmptyDirectories(t *testing.T) {
 		t.Errorf("a/b is still there (%v)", err)
 	}
 	wantKeys(t, s, "a/k")
+}
+
+// One who deletes takes away the directory that another is about to write in.
+func TestPutAndDeleteMeetInOneDirectory(t *testing.T) {
+	s := open(t, t.TempDir())
+	errs := make([]error, 4)
+	var wg sync.WaitGroup
+	for i := range errs {
+		wg.Go(func() {
+			key := fmt.Sprintf("a/b/%d", i)
+			for range 200 {
+				err := s.Put(t.Context(), key, strings.NewReader("x"), store.PutOptions{IfAbsent: true})
+				if err == nil {
+					err = s.Delete(t.Context(), key)
+				}
+				if err != nil {
+					errs[i] = err
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		t.Error(err)
+	}
+	wantKeys(t, s)
 }
 
 func TestLinksOutOfTheDirectoryAreNotFollowed(t *testing.T) {

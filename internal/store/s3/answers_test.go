@@ -189,21 +189,34 @@ func TestAnswersToGet(t *testing.T) {
 		want    error
 		content string
 	}{
-		"whole":                    {[]answer{serves("0123456789", 10)}, store.Range{}, nil, "0123456789"},
-		"cut again and again":      {[]answer{serves("0123456789", 3)}, store.Range{}, nil, "0123456789"},
-		"cut part":                 {[]answer{serves("0123456789", 2)}, store.Range{Off: 2, Len: 5}, nil, "23456"},
-		"cut, then an outage":      {[]answer{serves("0123456789", 3), says(503, "SlowDown"), page(502), serves("0123456789", 10)}, store.Range{}, nil, "0123456789"},
-		"no more":                  {[]answer{serves("0123456789", 3), serves("0123456789", 0)}, store.Range{}, io.ErrUnexpectedEOF, "012"},
-		"hangs midway":             {[]answer{serves("0123456789", 3), hang, serves("0123456789", 10)}, store.Range{}, nil, "0123456789"},
-		"replaced midway":          {[]answer{serves("0123456789", 3), says(412, "PreconditionFailed")}, store.Range{}, errAny, "012"},
-		"deleted midway":           {[]answer{serves("0123456789", 3), says(404, "NoSuchKey")}, store.Range{}, store.ErrNotExist, "012"},
-		"missing":                  {[]answer{says(404, "NoSuchKey")}, store.Range{}, store.ErrNotExist, ""},
-		"missing bucket":           {[]answer{says(404, "NoSuchBucket")}, store.Range{}, fail.BadConfig, ""},
-		"missing, says a proxy":    {[]answer{page(404)}, store.Range{}, fail.BadConfig, ""},
-		"denied":                   {[]answer{says(403, "AccessDenied")}, store.Range{}, fail.StoreDenied, ""},
-		"archived":                 {[]answer{says(403, "InvalidObjectState")}, store.Range{}, fail.StoreDenied, ""},
-		"outage, then missing":     {[]answer{says(500, "InternalError"), says(404, "NoSuchKey")}, store.Range{}, store.ErrNotExist, ""},
-		"range ignored":            {[]answer{func(w http.ResponseWriter, r *http.Request) { ok(w, r); io.WriteString(w, "0123456789") }}, store.Range{Off: 3, Len: 2}, fail.StoreUnfit, ""},
+		"whole":                 {[]answer{serves("0123456789", 10)}, store.Range{}, nil, "0123456789"},
+		"cut again and again":   {[]answer{serves("0123456789", 3)}, store.Range{}, nil, "0123456789"},
+		"cut part":              {[]answer{serves("0123456789", 2)}, store.Range{Off: 2, Len: 5}, nil, "23456"},
+		"cut, then an outage":   {[]answer{serves("0123456789", 3), says(503, "SlowDown"), page(502), serves("0123456789", 10)}, store.Range{}, nil, "0123456789"},
+		"no more":               {[]answer{serves("0123456789", 3), serves("0123456789", 0)}, store.Range{}, io.ErrUnexpectedEOF, "012"},
+		"hangs midway":          {[]answer{serves("0123456789", 3), hang, serves("0123456789", 10)}, store.Range{}, nil, "0123456789"},
+		"replaced midway":       {[]answer{serves("0123456789", 3), says(412, "PreconditionFailed")}, store.Range{}, errAny, "012"},
+		"deleted midway":        {[]answer{serves("0123456789", 3), says(404, "NoSuchKey")}, store.Range{}, store.ErrNotExist, "012"},
+		"missing":               {[]answer{says(404, "NoSuchKey")}, store.Range{}, store.ErrNotExist, ""},
+		"missing bucket":        {[]answer{says(404, "NoSuchBucket")}, store.Range{}, fail.BadConfig, ""},
+		"missing, says a proxy": {[]answer{page(404)}, store.Range{}, fail.BadConfig, ""},
+		"denied":                {[]answer{says(403, "AccessDenied")}, store.Range{}, fail.StoreDenied, ""},
+		"archived":              {[]answer{says(403, "InvalidObjectState")}, store.Range{}, fail.StoreDenied, ""},
+		"outage, then missing":  {[]answer{says(500, "InternalError"), says(404, "NoSuchKey")}, store.Range{}, store.ErrNotExist, ""},
+		"range ignored":         {[]answer{func(w http.ResponseWriter, r *http.Request) { ok(w, r); io.WriteString(w, "0123456789") }}, store.Range{Off: 3, Len: 2}, fail.StoreUnfit, ""},
+		"another range": {[]answer{func(w http.ResponseWriter, r *http.Request) {
+			ok(w, r)
+			w.Header().Set("Content-Range", "bytes 0-1/10")
+			w.WriteHeader(http.StatusPartialContent)
+			io.WriteString(w, "01")
+		}}, store.Range{Off: 3, Len: 2}, fail.StoreUnfit, ""},
+		"hangs in the body": {[]answer{func(w http.ResponseWriter, r *http.Request) {
+			ok(w, r)
+			w.Header().Set("Content-Length", "10")
+			io.WriteString(w, "012")
+			w.(http.Flusher).Flush()
+			hang(w, r)
+		}, serves("0123456789", 10)}, store.Range{}, nil, "0123456789"},
 		"shorter than asked for":   {[]answer{serves("01234", 10)}, store.Range{Off: 3, Len: 5}, io.ErrUnexpectedEOF, ""},
 		"length not known at all":  {[]answer{func(w http.ResponseWriter, r *http.Request) { ok(w, r); w.(http.Flusher).Flush() }}, store.Range{}, fail.StoreUnfit, ""},
 		"a login page":             {[]answer{page(200), serves("0123456789", 10)}, store.Range{}, nil, "0123456789"},

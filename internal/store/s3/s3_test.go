@@ -143,6 +143,41 @@ func TestAnOutageIsWaitedFor(t *testing.T) {
 	}
 }
 
+// A reader that goes on after an outage does not go on in another object.
+func TestAReplacedObjectIsNotMixedWithTheOld(t *testing.T) {
+	srv := lab.S3ForTest(t)
+	proxy := lab.ProxyForTest(t, srv.Addr)
+	opt := options(srv)
+	direct := open(t, opt)
+	opt.Endpoint = "https://" + proxy.Addr
+	b := open(t, opt)
+	old := bytes.Repeat([]byte("old!"), 32<<20/4)
+	if err := direct.Put(t.Context(), "k", bytes.NewReader(old), store.PutOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	r, err := b.Get(t.Context(), "k", store.Range{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if _, err := io.ReadFull(r, make([]byte, 100)); err != nil {
+		t.Fatal(err)
+	}
+	if err := direct.Put(t.Context(), "k", bytes.NewReader(bytes.ToUpper(old)), store.PutOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(proxy.Set(lab.Reset), proxy.Set(lab.Pass)); err != nil {
+		t.Fatal(err)
+	}
+	rest, err := io.ReadAll(r)
+	if err == nil || !strings.Contains(err.Error(), "replaced") {
+		t.Errorf("err = %v, want one that says that the object was replaced", err)
+	}
+	if bytes.Contains(rest, []byte("OLD!")) {
+		t.Error("the new object follows the old one")
+	}
+}
+
 func TestAStoreThatStaysAwayIsDown(t *testing.T) {
 	srv := lab.S3ForTest(t)
 	opt := options(srv)
