@@ -18,7 +18,7 @@ func cancelCommand(e *env) *cli.Command {
 		Usage:     "stop what is running for a cluster, or one workflow",
 		ArgsUsage: "CLUSTER|WORKFLOW-ID",
 		Category:  runs,
-		Description: "The run ends its child processes, clears its spool and leaves no backup. That takes a moment;\n\"pgkeep ps\" shows when it is over.\n\n" + examples(
+		Description: "The run ends its child processes, clears its spool and leaves no backup. That\ntakes a moment; \"pgkeep ps\" shows when it is over.\n\n" + examples(
 			"pgkeep cancel --reason \"wrong night\" main", "all that runs for the cluster main",
 			"pgkeep cancel pgkeep/main/logical", "one workflow"),
 		Flags: []cli.Flag{

@@ -16,7 +16,7 @@ func completionCommand(e *env) *cli.Command {
 		ArgsUsage: "SHELL",
 		Category:  theShell,
 		Description: "SHELL is bash, zsh or fish.\n\n" + examples(
-			"source <(pgkeep completion bash)", "this bash, now",
+			"source <(pgkeep completion bash)", "this bash",
 			"pgkeep completion bash > /etc/bash_completion.d/pgkeep", "every bash",
 			"pgkeep completion zsh > \"${fpath[1]}/_pgkeep\"", "every zsh",
 			"pgkeep completion fish > ~/.config/fish/completions/pgkeep.fish", "every fish"),

@@ -20,8 +20,8 @@ func configShowCommand(e *env) *cli.Command {
 		Name:  "show",
 		Usage: "print the settings in force, and where each comes from",
 		Description: "The answer is itself a configuration file. Secrets are not shown.\n\n" + examples(
-			"pgkeep config show", "file, environment and defaults, put together",
-			"pgkeep config show --json | jq -r '.settings[] | select(.source != \"default\") | .path'", "what is not a default"),
+			"pgkeep config show", "file, environment and defaults together",
+			"pgkeep config show | grep -v '# default'", "what somebody has set"),
 		Flags: []cli.Flag{jsonFlag()},
 		Action: func(c *cli.Context) error {
 			cfg, err := e.config()

@@ -30,7 +30,7 @@ type env struct {
 func (e *env) globalFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{
-			Name: "config", Usage: "read the configuration from `FILE`, not from PGKEEP_CONFIG or " + config.DefaultFile,
+			Name: "config", Usage: "configuration `FILE` in place of " + config.DefaultFile,
 			Action: func(_ *cli.Context, file string) error { e.file = file; return nil },
 		},
 		&cli.StringFlag{

@@ -37,6 +37,7 @@ func (e *env) progress(what string, total int64) *progress {
 			progressbar.OptionSetWriter(f),
 			progressbar.OptionSetDescription(what),
 			progressbar.OptionShowBytes(true),
+			progressbar.OptionShowCount(),
 			progressbar.OptionUseIECUnits(true),
 			progressbar.OptionThrottle(100*time.Millisecond),
 			progressbar.OptionSetWidth(30),
@@ -97,4 +98,39 @@ func (p *progress) End() {
 func (p *progress) rate(now time.Time) string {
 	seconds := max(now.Sub(p.began).Seconds(), 0.001)
 	return size(int64(float64(p.done) / seconds))
+}
+
+// stages shows the progress of a work that has several, one after the other. It
+// may be used from several goroutines.
+type stages struct {
+	e *env
+
+	mu   sync.Mutex
+	name string
+	bar  *progress // nil: none has begun
+}
+
+// Set is Set of the stage's progress; another name ends the one before.
+func (s *stages) Set(name string, done, total int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.bar == nil || name != s.name {
+		s.end()
+		s.name, s.bar = name, s.e.progress(name, total)
+	}
+	s.bar.Set(done, total)
+}
+
+// End ends the last stage.
+func (s *stages) End() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.end()
+}
+
+func (s *stages) end() {
+	if s.bar != nil {
+		s.bar.End()
+	}
+	s.bar = nil
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	enumspb "go.temporal.io/api/enums/v1"
 	"go.temporal.io/sdk/activity"
 	"go.temporal.io/sdk/client"
 	sdklog "go.temporal.io/sdk/log"
@@ -106,6 +107,9 @@ func TestPsShowsRunsAndCancelStopsThem(t *testing.T) {
 	if err := main.Get(t.Context(), nil); !temporal.IsCanceledError(err) {
 		t.Errorf("the run ended with %v", err)
 	}
+	if got := cancelReason(t, c, main); got != "wrong night" {
+		t.Errorf("the history gives the reason %q", got)
+	}
 	eventually(t, "only the other runs", func() bool {
 		out, _, _ := pgkeep(t.Context(), "ps")
 		return !strings.Contains(out, "main") && strings.Contains(out, "pgkeep/other/logical")
@@ -116,6 +120,21 @@ func TestPsShowsRunsAndCancelStopsThem(t *testing.T) {
 	if err := other.Get(t.Context(), nil); !temporal.IsCanceledError(err) {
 		t.Errorf("the other run ended with %v", err)
 	}
+}
+
+func cancelReason(t *testing.T, c client.Client, run client.WorkflowRun) string {
+	t.Helper()
+	history := c.GetWorkflowHistory(t.Context(), run.GetID(), run.GetRunID(), false, enumspb.HISTORY_EVENT_FILTER_TYPE_ALL_EVENT)
+	for history.HasNext() {
+		event, err := history.Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if a := event.GetWorkflowExecutionCancelRequestedEventAttributes(); a != nil {
+			return a.Cause
+		}
+	}
+	return ""
 }
 
 func start(t *testing.T, c client.Client, id string) client.WorkflowRun {

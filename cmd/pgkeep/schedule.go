@@ -18,7 +18,7 @@ func scheduleCommand(e *env) *cli.Command {
 		Name:        "schedule",
 		Usage:       "have Temporal start backups at certain times",
 		Category:    runs,
-		Description: "The schedules stand in the configuration; \"schedule apply\" makes the Temporal server follow it.",
+		Description: "The schedules stand in the configuration; \"schedule apply\" makes the Temporal\nserver follow it.",
 		Subcommands: []*cli.Command{
 			scheduleApplyCommand(e),
 			scheduleListCommand(e),
@@ -34,7 +34,7 @@ func scheduleApplyCommand(e *env) *cli.Command {
 	return &cli.Command{
 		Name:  "apply",
 		Usage: "make the server's schedules those of the configuration",
-		Description: "A schedule that an operator has paused stays paused. One of this configuration's hosts\nthat is no longer in the configuration is an orphan: it is told, and goes with --prune.\n\n" + examples(
+		Description: "A schedule that an operator has paused stays paused. One of this configuration's\nhosts that is no longer in the configuration is an orphan: it is told, and goes\nwith --prune.\n\n" + examples(
 			"pgkeep schedule apply --dry-run", "what would change",
 			"pgkeep schedule apply --prune", "and delete the orphans"),
 		Flags: []cli.Flag{
@@ -224,7 +224,7 @@ func state(h schedule.Existing) string {
 	return "waiting"
 }
 
-const scheduleArg = "SCHEDULE is CLUSTER/KIND, as main/logical; \"schedule list\" shows which there are."
+const scheduleArg = "SCHEDULE is CLUSTER/KIND, as main/logical; \"schedule list\" shows all."
 
 func noteFlag(text string) cli.Flag {
 	return &cli.StringFlag{Name: "note", Usage: "tell others why, in `TEXT`", Value: text}
@@ -261,7 +261,7 @@ func scheduleDeleteCommand(e *env) *cli.Command {
 		Name:        "delete",
 		Usage:       "delete a schedule from the server",
 		ArgsUsage:   "SCHEDULE",
-		Description: scheduleArg + "\nWhat it has started goes on. While it stands in the configuration, \"schedule apply\" makes it again.",
+		Description: scheduleArg + "\nWhat it has started goes on. While it stands in the configuration,\n\"schedule apply\" makes it again.",
 		Action: func(c *cli.Context) error {
 			return e.onSchedule(c, func(s *server, id string) error { return schedule.Remove(c.Context, s, id) })
 		},
@@ -273,7 +273,7 @@ func scheduleTriggerCommand(e *env) *cli.Command {
 		Name:        "trigger",
 		Usage:       "start what a schedule starts, now",
 		ArgsUsage:   "SCHEDULE",
-		Description: scheduleArg + "\nA paused schedule is triggered too. If its last run still goes on, the exit status is 19.",
+		Description: scheduleArg + "\nA paused schedule is triggered too. If its last run still goes on, the exit\nstatus is 19.",
 		Flags:       []cli.Flag{jsonFlag()},
 		Action: func(c *cli.Context) error {
 			return e.onSchedule(c, func(s *server, id string) error {
