@@ -191,7 +191,7 @@ func TestProblems(t *testing.T) {
 
 func TestEnvironmentWinsOverFile(t *testing.T) {
 	c, err := parse(t, "spool: /from/file\nhost: file\n",
-		"PGKEEP_SPOOL=/from/env", "PGKEEP_HOST=", "PGKEEP_REPOSITORY_ACCESS_KEY_ID=a", "PGKEEP_REPOSITORY_SECRET_ACCESS_KEY=hunter2", "PGKEEP_CONFIG=/x", "PATH=/bin")
+		"PGKEEP_SPOOL=/from/env", "PGKEEP_HOST=", "PGKEEP_REPOSITORY_ACCESS_KEY_ID=a", "PGKEEP_REPOSITORY_SECRET_ACCESS_KEY=hunter2", "PGKEEP_CONFIG=/x", "PGKEEP_TEST_X=left to the tests", "PATH=/bin")
 	if err != nil {
 		t.Fatal(err)
 	}
