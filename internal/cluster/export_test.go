@@ -1,0 +1,27 @@
+package cluster
+
+// For tests of what has no door of its own.
+var (
+	RolesIn         = rolesIn
+	ArchivedThrough = archivedThrough
+)
+
+// Summary is what an error says of lines that a program wrote.
+func Summary(lines ...string) string {
+	var s speech
+	for _, line := range lines {
+		s.hear(line)
+	}
+	return s.summary()
+}
+
+// AheadOf reports whether the one snapshot takes a transaction for ended that
+// runs for the other; both in PostgreSQL's text form.
+func AheadOf(seen, now string) (bool, error) {
+	a, err := parseView(seen)
+	if err != nil {
+		return false, err
+	}
+	b, err := parseView(now)
+	return a.aheadOf(b), err
+}
