@@ -185,7 +185,7 @@ func encodeSkip(n int64) []byte {
 	return binary.LittleEndian.AppendUint32(binary.LittleEndian.AppendUint32(nil, skipMagic), uint32(n))
 }
 
-// A builder fills one pack in memory.
+// A builder fills one pack in memory, in a buffer that is empty at first.
 type builder struct {
 	buf  *bytes.Buffer // what is stored
 	foot footer
@@ -200,7 +200,6 @@ type builder struct {
 type recipients struct{ data, meta []age.Recipient }
 
 func newBuilder(buf *bytes.Buffer, h Header, backup string, number int, seed uint64, to recipients) (*builder, error) {
-	buf.Reset()
 	w, err := seal.EncryptTo(buf, to.data...)
 	if err != nil {
 		return nil, err

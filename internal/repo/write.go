@@ -160,7 +160,7 @@ func (r *Repo) newWriter(ctx context.Context, w Writing) (*writer, error) {
 		wr.seed = binary.LittleEndian.Uint64(b[:])
 	}
 	for range cap(wr.free) {
-		wr.free <- new(bytes.Buffer) // grows to the size of a pack at its first use
+		wr.free <- new(bytes.Buffer)
 	}
 	return wr, nil
 }
@@ -224,6 +224,7 @@ func (w *writer) sendPack(ctx context.Context, b *builder) error {
 	w.mu.Lock()
 	w.packs[n] = p
 	w.mu.Unlock()
+	b.buf.Reset()
 	w.free <- b.buf
 	w.sent.Add(p.Size)
 	w.progress()
@@ -355,6 +356,8 @@ func (p *packer) frame(ctx context.Context, file packFile, st *fileState, pendin
 		case <-ctx.Done():
 			return ctx.Err()
 		}
+		// Doubling would leave it twice as large: a pack, its last frame, its footer.
+		buf.Grow(p.w.opt.PackSize + seal.Overhead(p.w.opt.PackSize, 2) + 1<<20)
 		var err error
 		if p.b, err = newBuilder(buf, p.w.repo.access.header("pack"), string(p.w.opt.ID), int(p.w.number.Add(1)), p.w.seed, p.w.to); err != nil {
 			return err
