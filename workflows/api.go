@@ -46,3 +46,8 @@ var (
 	PgkeepOutcome  = temporal.NewSearchAttributeKeyKeyword("PgkeepOutcome")
 	PgkeepBytes    = temporal.NewSearchAttributeKeyInt64("PgkeepBytes")
 )
+
+// SearchAttributes lists them all.
+func SearchAttributes() []temporal.SearchAttributeKey {
+	return []temporal.SearchAttributeKey{PgkeepCluster, PgkeepHost, PgkeepKind, PgkeepBackupID, PgkeepStage, PgkeepOutcome, PgkeepBytes}
+}

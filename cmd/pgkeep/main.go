@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/pgkeep/pgkeep/activities"
 	"github.com/pgkeep/pgkeep/internal/fail"
 )
 
@@ -54,7 +56,7 @@ func report(w io.Writer, err error) {
 	for line := range strings.Lines(err.Error()) {
 		fmt.Fprintf(w, "pgkeep: error: %s\n", strings.TrimRight(line, "\n"))
 	}
-	if hint := fail.HintOf(err); hint != "" {
+	if hint := cmp.Or(activities.AdviceOf(err), fail.HintOf(err)); hint != "" {
 		fmt.Fprintf(w, "pgkeep: hint: %s\n", hint)
 	}
 }
@@ -78,6 +80,15 @@ func newApp(in io.Reader, out, errw io.Writer) *cli.App {
 		Action:                unknownCommand,
 		CustomAppHelpTemplate: appHelp,
 		Commands: []*cli.Command{
+			workerCommand(e),
+			backupCommand(e),
+			initCommand(e),
+			keyCommand(e),
+			listCommand(e),
+			showCommand(e),
+			verifyCommand(e),
+			restoreCommand(e),
+			deleteCommand(e),
 			psCommand(e),
 			cancelCommand(e),
 			scheduleCommand(e),

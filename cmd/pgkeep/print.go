@@ -47,6 +47,23 @@ func table(w io.Writer, header string, rows [][]string) error {
 	return t.Flush()
 }
 
+// pairs prints names with what they stand for, in two columns.
+func pairs(w io.Writer, all [][2]string) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, p := range all {
+		fmt.Fprintf(t, "%s\t%s\n", p[0], p[1])
+	}
+	return t.Flush()
+}
+
+// count shows a number of things: "1 file", "2 files".
+func count(n int, thing string) string {
+	if n == 1 {
+		return "1 " + thing
+	}
+	return fmt.Sprintf("%d %ss", n, thing)
+}
+
 // size shows bytes: "873 B", "1.2 GiB".
 func size(n int64) string {
 	if n < 1024 {

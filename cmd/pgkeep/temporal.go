@@ -41,12 +41,10 @@ func (e *env) temporal(ctx context.Context) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	opt, err := envconfig.LoadClientOptions(envconfig.LoadClientOptionsRequest{ConfigFileProfile: c.Temporal.Profile})
+	opt, err := e.temporalOptions()
 	if err != nil {
-		return nil, config.Errorf("temporal: %w", err)
+		return nil, err
 	}
-	opt.HostPort = cmp.Or(string(c.Temporal.Address), opt.HostPort, client.DefaultHostPort)
-	opt.Namespace = cmp.Or(c.Temporal.Namespace, opt.Namespace, defaultNamespace)
 	opt.Logger = log.NewStructuredLogger(logger)
 	opt.Identity = "pgkeep@" + string(c.Host)
 
@@ -57,6 +55,21 @@ func (e *env) temporal(ctx context.Context) (*server, error) {
 		return nil, dialError(ctx, opt.HostPort, err)
 	}
 	return &server{conn, opt.Namespace, cmp.Or(string(c.Temporal.UIURL), uiOf(opt.HostPort))}, nil
+}
+
+// temporalOptions says which server is meant, without asking it.
+func (e *env) temporalOptions() (client.Options, error) {
+	c, err := e.config()
+	if err != nil {
+		return client.Options{}, err
+	}
+	opt, err := envconfig.LoadClientOptions(envconfig.LoadClientOptionsRequest{ConfigFileProfile: c.Temporal.Profile})
+	if err != nil {
+		return client.Options{}, config.Errorf("temporal: %w", err)
+	}
+	opt.HostPort = cmp.Or(string(c.Temporal.Address), opt.HostPort, client.DefaultHostPort)
+	opt.Namespace = cmp.Or(c.Temporal.Namespace, opt.Namespace, defaultNamespace)
+	return opt, nil
 }
 
 // defaultNamespace is the one that pgkeep-server makes.

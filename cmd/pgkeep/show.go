@@ -1,0 +1,161 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/pgkeep/pgkeep/internal/backup"
+	"github.com/pgkeep/pgkeep/internal/repo"
+)
+
+func showCommand(e *env) *cli.Command {
+	return &cli.Command{
+		Name:      "show",
+		Usage:     "show everything about one backup",
+		ArgsUsage: "[CLUSTER] BACKUP",
+		Category:  backups,
+		Description: "BACKUP is an id, the beginning of one, or \"latest\".\n\n" + examples(
+			"pgkeep show latest", "the newest of the only cluster",
+			"pgkeep show main 20261122", "the one of that day"),
+		Flags: []cli.Flag{jsonFlag()},
+		Action: func(c *cli.Context) error {
+			args := c.Args().Slice()
+			cluster := ""
+			if len(args) == 2 {
+				cluster = args[0]
+			}
+			return e.show(c.Context, cluster, args[len(args)-1], c.Bool("json"))
+		},
+	}
+}
+
+func (e *env) show(ctx context.Context, cluster, what string, asJSON bool) error {
+	r, b, err := e.theBackup(ctx, cluster, what)
+	if err != nil {
+		return err
+	}
+	shown, err := show(r, b)
+	if err != nil {
+		return err
+	}
+	link := e.linkOf(shown)
+	if asJSON {
+		return printJSON(e.out, "show", struct {
+			backupShown
+			Databases []backup.DatabaseDump `json:"databases"` // in place of their short form
+			Globals   string                `json:"globals,omitempty"`
+			Skipped   []string              `json:"skipped"` // databases of the cluster that are not in it
+			Content   *repo.Content         `json:"content"`
+			Link      string                `json:"link,omitempty"`
+		}{shown, shown.details.Databases, shown.details.Globals, append([]string{}, shown.details.Skipped...), contentOf(b), link})
+	}
+	if err := pairs(e.out, shown.pairs(b.Manifest, link, time.Now())); err != nil {
+		return err
+	}
+	if shown.State != complete {
+		_, err := finished(b)
+		return err
+	}
+	if len(shown.Databases) == 0 {
+		e.say("no key here opens the names of the databases")
+		return nil
+	}
+	fmt.Fprintln(e.out)
+	var rows [][]string
+	for _, db := range shown.details.Databases {
+		lsn := db.LSN.After.String()
+		if !db.LSN.Exact {
+			lsn = db.LSN.Before.String() + ".." + lsn
+		}
+		rows = append(rows, []string{db.Name, size(db.Bytes), lsn, moment(db.TakenAt), db.Snapshot})
+	}
+	return table(e.out, "DATABASE SIZE LSN TAKEN SNAPSHOT", rows)
+}
+
+func contentOf(b repo.Listed) *repo.Content {
+	if b.Err != nil || b.Unfinished {
+		return nil
+	}
+	return &b.Content
+}
+
+// pairs are the lines that show a backup.
+func (b backupShown) pairs(m repo.Manifest, link string, now time.Time) [][2]string {
+	all := [][2]string{
+		{"backup", string(b.ID)},
+		{"cluster", b.Cluster},
+		{"state", b.State},
+		{"started", moment(b.StartedAt) + ", " + span(now.Sub(b.StartedAt)) + " ago"},
+	}
+	if b.State != complete {
+		return all
+	}
+	encrypted := "no"
+	if b.Epoch > 0 {
+		encrypted = fmt.Sprintf("to the key of epoch %d", b.Epoch)
+	}
+	wal := b.LSN.Archived
+	if b.LSN.LastWAL != "" {
+		wal += ", last " + b.LSN.LastWAL
+	}
+	all = append(all, [][2]string{
+		{"finished", moment(m.FinishedAt) + ", in " + span(m.FinishedAt.Sub(m.StartedAt))},
+		{"kind", string(b.Kind)},
+		{"PostgreSQL", fmt.Sprintf("%s, system %v, timeline %v, on %s", b.Version, b.System, b.LSN.Timeline, b.Host)},
+		{"LSN", b.lsn()},
+		{"WAL archive", wal},
+		{"size", size(b.Bytes) + " in " + count(m.Files, "file")},
+		{"stored", fmt.Sprintf("%s in %s, encrypted: %s", size(b.Stored), count(m.Packs, "pack"), encrypted)},
+		{"verified", verifiedMeans(b.Verified)},
+		{"writer", "pgkeep " + b.Writer},
+	}...)
+	if b.Workflow != "" {
+		all = append(all, [2]string{"workflow", strings.TrimSpace(b.Workflow + " " + b.Run)})
+	}
+	if link != "" {
+		all = append(all, [2]string{"link", link})
+	}
+	if len(b.details.Skipped) > 0 {
+		all = append(all, [2]string{"not in it", strings.Join(b.details.Skipped, ", ")})
+	}
+	return all
+}
+
+// lsn is the position, or the bracket, that the backup stands for.
+func (b backupShown) lsn() string {
+	if b.LSN.Before == b.LSN.After {
+		return b.LSN.After.String()
+	}
+	return fmt.Sprintf("%v to %v", b.LSN.Before, b.LSN.After)
+}
+
+// verifiedMeans says in words how deep somebody looked.
+func verifiedMeans(v repo.Verified) string {
+	switch v {
+	case repo.VerifiedContent:
+		return "content: read back, decrypted, decompressed, every block compared"
+	case repo.VerifiedStored:
+		return "stored: read back and compared, not decrypted"
+	}
+	return string(v)
+}
+
+// linkOf is the page of the run that took a backup, in the Web UI of today's
+// configuration; "" if nobody knows. Temporal is not asked.
+func (e *env) linkOf(b backupShown) string {
+	cfg, err := e.config()
+	if err != nil || b.Workflow == "" {
+		return ""
+	}
+	opt, err := e.temporalOptions()
+	if err != nil {
+		return ""
+	}
+	s := server{namespace: opt.Namespace, ui: cmp.Or(string(cfg.Temporal.UIURL), uiOf(opt.HostPort))}
+	return s.link(b.Workflow, b.Run)
+}
