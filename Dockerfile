@@ -62,7 +62,7 @@ RUN apt-get update \
  && install -d -m 700 -o pgkeep -g pgkeep /etc/pgkeep /var/lib/pgkeep /var/lib/pgkeep/spool
 COPY --from=build-pgkeep /out/pgkeep /usr/local/bin/
 
-# What docker-compose.yml runs once, to make keys, certificates and passwords.
+# What docker-compose.yml runs first, to make a certificate and passwords.
 FROM common AS setup
 RUN install -d -m 700 -o pgkeep -g pgkeep /setup/postgres /setup/s3
 COPY deploy/compose/setup.sh deploy/compose/pgkeep.yaml /setup/

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Makes, once, what an administrator gives to a real installation: a certificate
-# for the S3 server, passwords, and pgkeep's keys. Each service sees only the
-# volume with its own. The configuration is copied at every start, so that a
-# change of deploy/compose/pgkeep.yaml counts after "docker compose up -d".
+# Makes, once, what an administrator gives to a real installation: a certificate for
+# the S3 server, and passwords. Each service sees only the volume with its own. The
+# configuration is copied at every start, so that a change of
+# deploy/compose/pgkeep.yaml counts after "docker compose up -d".
 set -eu
 umask 077
 pgkeep=/etc/pgkeep s3=/setup/s3 postgres=/setup/postgres
