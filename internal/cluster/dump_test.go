@@ -282,6 +282,26 @@ func TestDumpNoticesThatItHangs(t *testing.T) {
 			t.Errorf("processes %v are left", pids)
 		}
 	})
+	t.Run("its leader crashes", func(t *testing.T) {
+		dir := filepath.Join(t.TempDir(), "dump")
+		done := make(chan error)
+		go func() {
+			done <- c.Dump(t.Context(), cluster.DumpOptions{Tools: tools, Database: "postgres", Dir: dir, Jobs: 2})
+		}()
+		var backend int
+		eventually(t, "tables are read", func() bool { backend = copying(t, p); return backend != 0 })
+		if err := syscall.Kill(backend, syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		defer syscall.Kill(backend, syscall.SIGCONT)
+		syscall.Kill(slices.Min(processes(dir)), syscall.SIGKILL)
+		if err := <-done; !errors.Is(err, fail.DumpFailed) {
+			t.Errorf("got %v, want %v", err, fail.DumpFailed)
+		}
+		if pids := processes(dir); len(pids) > 0 {
+			t.Errorf("processes %v are left", pids)
+		}
+	})
 	locked(t, p, "big1")
 	t.Run("a table stays locked", func(t *testing.T) {
 		dir := filepath.Join(t.TempDir(), "dump")

@@ -59,14 +59,19 @@ func TestListTOCNeedsTheTableOfContentsAlone(t *testing.T) {
 func TestRestoreSaysWhyItFailed(t *testing.T) {
 	p, c := start(t, lab.PostgresOptions{})
 	tools := tools(t, c)
-	exec(t, p, "postgres", "CREATE ROLE clerk", "CREATE TABLE t(n int)", "INSERT INTO t VALUES (1)", "ALTER TABLE t OWNER TO clerk")
+	exec(t, p, "postgres", "CREATE ROLE clerk", "CREATE TABLE t(n int)", "INSERT INTO t VALUES (1)", "ALTER TABLE t OWNER TO clerk",
+		"CREATE TABLE z()", "CREATE DATABASE half TEMPLATE template0")
+	exec(t, p, "half", "CREATE TABLE t(n int)")
 	dir := filepath.Join(t.TempDir(), "dump")
 	if err := c.Dump(t.Context(), cluster.DumpOptions{Tools: tools, Database: "postgres", Dir: dir}); err != nil {
 		t.Fatal(err)
 	}
-	err := c.Restore(t.Context(), cluster.RestoreOptions{Tools: tools, Dir: dir, Database: "postgres"})
+	err := c.Restore(t.Context(), cluster.RestoreOptions{Tools: tools, Dir: dir, Database: "half"})
 	if !errors.Is(err, fail.RestoreFailed) || !strings.Contains(err.Error(), `relation "t" already exists`) {
 		t.Errorf("into a full database: got %v, want %v", err, fail.RestoreFailed)
+	}
+	if _, ok := fingerprint(t, p, "half")["public.z"]; ok {
+		t.Error("it went on after the first error")
 	}
 	err = c.Restore(t.Context(), cluster.RestoreOptions{Tools: tools, Dir: dir, Database: "nowhere"})
 	if !errors.Is(err, fail.BadConfig) {
