@@ -26,8 +26,11 @@ type Host struct {
 	Grace   time.Duration              // how long work goes on when the worker is told to stop; 0: 15 s
 }
 
-// BackupID names the backup that a workflow run takes.
-func BackupID(started time.Time, run string) string { return string(repo.NewID(started, run)) }
+// BackupID names the backup that a workflow run takes. Run ids begin with the
+// time and end in random digits.
+func BackupID(started time.Time, run string) string {
+	return string(repo.NewID(started, run[len(run)-8:]))
+}
 
 // A Job says which backup an activity is to work on.
 type Job struct {

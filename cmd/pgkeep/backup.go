@@ -128,14 +128,13 @@ func (e *env) await(ctx context.Context, s *server, run client.WorkflowRun, res 
 	done := make(chan error, 1)
 	go func() { done <- run.Get(ctx, res) }()
 	var bar *progress
-	var stage string
+	var shown activityShown
 	end := func() {
 		if bar != nil {
 			bar.End()
 		}
 		bar = nil
 	}
-	defer end()
 	for tick := time.NewTicker(time.Second); ; {
 		select {
 		case err := <-done:
@@ -144,30 +143,34 @@ func (e *env) await(ctx context.Context, s *server, run client.WorkflowRun, res 
 			return e.ended(ctx, run, err)
 		case <-tick.C:
 		}
-		step, ok := s.step(ctx, run)
+		now, ok := s.pending(ctx, run)
 		if !ok {
 			continue
 		}
-		if step.Stage != stage {
+		if now.Name != shown.Name {
 			end()
-			stage, bar = step.Stage, e.progress(step.Stage, step.Total)
 		}
-		bar.Set(step.Done, step.Total)
+		if now.Failure != "" && (now.Failure != shown.Failure || now.Name != shown.Name) {
+			e.say("%s failed and is tried again: %s", strings.ToLower(now.Name), now.Failure)
+		}
+		shown = now
+		if now.Progress == nil {
+			continue
+		}
+		if bar == nil {
+			bar = e.progress(now.Progress.Stage, now.Progress.Total)
+		}
+		bar.Set(now.Progress.Done, now.Progress.Total)
 	}
 }
 
-// step returns what the activity of a run tells of its progress.
-func (s *server) step(ctx context.Context, run client.WorkflowRun) (activities.Progress, bool) {
+// pending returns what the activity tells that a run is at.
+func (s *server) pending(ctx context.Context, run client.WorkflowRun) (activityShown, bool) {
 	d, err := s.DescribeWorkflowExecution(ctx, run.GetID(), run.GetRunID())
-	if err != nil {
-		return activities.Progress{}, false // run.Get tells what is wrong, if it lasts
+	if err != nil || len(d.PendingActivities) == 0 {
+		return activityShown{}, false // run.Get tells what is wrong, if it lasts
 	}
-	for _, a := range d.PendingActivities {
-		if shown := pendingActivity(a); shown.Progress != nil {
-			return *shown.Progress, true
-		}
-	}
-	return activities.Progress{}, false
+	return pendingActivity(d.PendingActivities[0]), true
 }
 
 // ended says how a run came out.

@@ -71,7 +71,7 @@ func setup(t *testing.T, rows int) *rig {
 	t.Helper()
 	t.Parallel()
 	r := &rig{t: t, dir: t.TempDir()}
-	r.pg = lab.PostgresForTest(t, lab.PostgresOptions{})
+	r.pg = lab.PostgresForTest(t, lab.PostgresOptions{Password: canary})
 	r.s3 = lab.S3ForTest(t)
 	r.proxy = lab.ProxyForTest(t, r.s3.Addr)
 	r.temporal = lab.TemporalForTest(t)
@@ -100,10 +100,10 @@ temporal: {address: "%[7]s", namespace: %[8]s, ui_url: "%[9]s"}
 host: db1
 spool: %[6]s/spool
 log: {level: info, format: json}
-clusters: {main: {conninfo: "%[10]s user=keeper", password_file: %[11]s, logical: {lock_wait: 3m}}}
+clusters: {main: {conninfo: "%[10]s", password_file: %[11]s, logical: {lock_wait: 3m}}}
 schedules: [{cluster: main, cron: "30 1 * * *", jitter: 0s}]
 `, r.s3.Bucket, r.proxy.Addr, r.s3.CAFile, r.s3.AccessKeyID, r.write("secret", r.s3.SecretAccessKey),
-		r.dir, r.temporal.Address, r.temporal.Namespace, r.temporal.UIURL, r.pg.TCPConninfo(), r.write("password", canary)))
+		r.dir, r.temporal.Address, r.temporal.Namespace, r.temporal.UIURL, strings.Replace(r.pg.TCPConninfo(), "user=postgres", "user=keeper", 1), r.write("password", canary)))
 	r.must("init", "--new-identity", filepath.Join(r.dir, "keys/operator.key"))
 	return r
 }
@@ -128,6 +128,7 @@ func (r *rig) run(args ...string) result {
 	var out, errw bytes.Buffer
 	cmd := r.command(args...)
 	cmd.Stdout, cmd.Stderr = &out, &errw
+	defer time.AfterFunc(3*time.Minute, func() { cmd.Process.Signal(syscall.SIGQUIT) }).Stop() // tells where it hangs
 	if err := cmd.Run(); cmd.ProcessState == nil {
 		r.t.Fatal(err)
 	}
