@@ -44,9 +44,11 @@ func prepare(e *env, c *cli.Command, parent string) {
 // "[CLUSTER]" for one that may be missing, "CLUSTER..." for one or more.
 func checked(name, usage string, action cli.ActionFunc) cli.ActionFunc {
 	low, top := 0, 0
+	var needed []string
 	for word := range strings.FieldsSeq(usage) {
 		if !strings.HasPrefix(word, "[") {
 			low++
+			needed = append(needed, strings.Trim(word, "."))
 		}
 		top++
 		if strings.Contains(word, "...") {
@@ -68,7 +70,7 @@ func checked(name, usage string, action cli.ActionFunc) cli.ActionFunc {
 		case n > top:
 			return fail.Hint(config.Errorf("%q is one argument too many", c.Args().Get(top)), "usage: "+line(name, usage))
 		}
-		return fail.Hint(config.Errorf("%s is missing", strings.Trim(strings.Fields(usage)[c.NArg()], ".")), "usage: "+line(name, usage))
+		return fail.Hint(config.Errorf("%s is missing", needed[c.NArg()]), "usage: "+line(name, usage))
 	}
 }
 

@@ -23,8 +23,8 @@ func deleteCommand(e *env) *cli.Command {
 		Usage:     "remove one backup from the repository",
 		ArgsUsage: "BACKUP",
 		Category:  backups,
-		Description: "BACKUP is a whole id: neither the beginning of one nor \"latest\" will do. What was deleted cannot\n" +
-			"be brought back. A deletion that was cut short is finished by the same command.\n\n" + examples(
+		Description: "BACKUP is a whole id: neither the beginning of one nor \"latest\" will do. What\n" +
+			"was deleted cannot be brought back. Run again, it finishes what was cut short.\n\n" + examples(
 			"pgkeep delete 20261122T013000Z-4f2a9c01", "asks first",
 			"pgkeep delete --yes 20261122T013000Z-4f2a9c01", "for scripts"),
 		Flags: []cli.Flag{

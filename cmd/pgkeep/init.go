@@ -23,9 +23,9 @@ func initCommand(e *env) *cli.Command {
 		Name:     "init",
 		Usage:    "make what is missing: keys, repository, search attributes",
 		Category: setUp,
-		Description: "Says each thing it made or found, and may be run again at any time: what is there is kept.\n\n" + examples(
-			"pgkeep init", "for the recipients in the configuration",
-			"pgkeep init --new-identity operator.key", "and an identity that opens the backups"),
+		Description: "Says what it made and what it found. Run it at any time: what is there is kept.\n\n" + examples(
+			"pgkeep init", "for keys.recipients",
+			"pgkeep init --new-identity operator.key", "and for a new identity"),
 		Flags: []cli.Flag{newIdentityFlag(), jsonFlag()},
 		Action: func(c *cli.Context) error {
 			return e.init(c.Context, c.String("new-identity"), c.Bool("json"))

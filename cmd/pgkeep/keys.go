@@ -28,8 +28,8 @@ func keyCommand(e *env) *cli.Command {
 		Name:     "key",
 		Usage:    "make keys, change who may open backups, check what opens",
 		Category: setUp,
-		Description: "A host signs what it writes, and encrypts it so that it cannot open it itself. Operators' age\n" +
-			"identities open everything: have two of them at least, one offline.",
+		Description: "A host signs what it writes, and encrypts it so that it cannot open it itself.\n" +
+			"Operators' age identities open everything: have at least two, one offline.",
 		Subcommands: []*cli.Command{
 			keyInitCommand(e),
 			keyAddRecipientCommand(e),
@@ -40,7 +40,7 @@ func keyCommand(e *env) *cli.Command {
 }
 
 func newIdentityFlag() cli.Flag {
-	return &cli.StringFlag{Name: "new-identity", Usage: "make an operator's identity in `FILE`, or use the one there, as a recipient too"}
+	return &cli.StringFlag{Name: "new-identity", Usage: "let the identity in `FILE` open backups; make it"}
 }
 
 func keyInitCommand(e *env) *cli.Command {
@@ -64,7 +64,7 @@ func keyAddRecipientCommand(e *env) *cli.Command {
 		Name:      "add-recipient",
 		Usage:     "let more operators open all backups, old and new",
 		ArgsUsage: "RECIPIENT...",
-		Description: "This takes an identity that opens them now, as keys.identity. No backup is written anew.\n\n" + examples(
+		Description: "It takes an identity that opens them now, as keys.identity. No backup changes.\n\n" + examples(
 			"pgkeep key add-recipient age1…", "as age-keygen printed it"),
 		Flags: []cli.Flag{jsonFlag()},
 		Action: func(c *cli.Context) error {
@@ -77,8 +77,8 @@ func keyRotateCommand(e *env) *cli.Command {
 	return &cli.Command{
 		Name:  "rotate",
 		Usage: "make a new key for the backups from now on",
-		Description: "It is for keys.recipients, or, if there are none, for whoever opens the newest key. Backups that\n" +
-			"are there stay as they are, and whoever opens them still does.",
+		Description: "It is for keys.recipients; if there are none, for whoever opens the newest key.\n" +
+			"Backups that are there stay as they are, and whoever opens them still does.",
 		Flags: []cli.Flag{jsonFlag()},
 		Action: func(c *cli.Context) error {
 			return e.rotate(c.Context, c.Bool("json"))
@@ -90,8 +90,8 @@ func keyCheckCommand(e *env) *cli.Command {
 	return &cli.Command{
 		Name:  "check",
 		Usage: "show the keys of this host, and what they open",
-		Description: "Where keys.identity is set, it must open every key of the repository; elsewhere the keys that\n" +
-			"writing needs must be there. Otherwise the exit status is not 0.",
+		Description: "Where keys.identity is set, it must open every key of the repository; elsewhere\n" +
+			"the keys that writing needs must be there. If not, the exit status is not 0.",
 		Flags: []cli.Flag{jsonFlag()},
 		Action: func(c *cli.Context) error {
 			return e.checkKeys(c.Context, c.Bool("json"))
@@ -253,7 +253,7 @@ func (s *setup) identity(file string, now time.Time) (string, error) {
 	}
 	s.step(made, "operator identity", "%s, %s", file, recipient)
 	if made {
-		s.e.say("%s opens every backup: move it off this host, and keep a copy where fire does not reach both", file)
+		s.e.say("whoever has %s opens the backups: move it off this host, and keep a copy elsewhere", file)
 	}
 	return recipient, nil
 }
@@ -353,7 +353,7 @@ func (e *env) addRecipients(ctx context.Context, recipients []string, asJSON boo
 	} else if written == 0 {
 		e.say("nothing to do: all of them are recipients already")
 	} else {
-		fmt.Fprintf(e.out, "%s may now be opened by %s more\n", count(written, "key epoch"), count(len(recipients), "recipient"))
+		fmt.Fprintf(e.out, "added %s to %s\n", count(len(recipients), "recipient"), count(written, "key epoch"))
 	}
 	if written > 0 {
 		e.saySigned(cfg)
@@ -448,7 +448,7 @@ func (k keysShown) role(encrypted bool) error {
 	if k.Identity {
 		for _, c := range k.Epochs {
 			if !c.Opens {
-				return fmt.Errorf("epoch %d: %s: %w", c.Epoch, c.Reason, fail.NoKey)
+				return fail.With(fail.NoKey, fmt.Errorf("epoch %d: %s", c.Epoch, c.Reason))
 			}
 		}
 		return nil

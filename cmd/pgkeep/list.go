@@ -25,7 +25,7 @@ func listCommand(e *env) *cli.Command {
 		Category:  backups,
 		Description: "Without CLUSTER, of all clusters. Only the repository is asked, not Temporal.\n\n" + examples(
 			"pgkeep list", "all there is",
-			"pgkeep list --all main", "of one cluster, and what was not finished",
+			"pgkeep list --all main", "of one, with those not finished",
 			"pgkeep list --json | jq -r '.backups[-1].id'", "for scripts"),
 		Flags: []cli.Flag{
 			boolFlag("all", "also those that were not finished: under way, or given up"),

@@ -66,7 +66,7 @@ func newApp(in io.Reader, out, errw io.Writer) *cli.App {
 	app := &cli.App{
 		Name:                 "pgkeep",
 		Usage:                "PostgreSQL backups that finish, and prove that they restore",
-		Description:          "Temporal workflows take the backups; an object store keeps them.\n\nExamples:\n  pgkeep config show                    what is configured, and where\n  pgkeep schedule apply --dry-run       what would change on the Temporal server\n  pgkeep ps                             what is going on\n\nExit statuses: https://github.com/pgkeep/pgkeep/blob/main/docs/ERRORS.md",
+		Description:          "Temporal workflows take the backups; an object store keeps them.\n\nExamples:\n  pgkeep init             make keys and repository\n  pgkeep backup           take a backup now\n  pgkeep verify latest    read it back and compare\n  pgkeep restore --database shop --to shop2 latest\n\nExit statuses: https://github.com/pgkeep/pgkeep/blob/main/docs/ERRORS.md",
 		Reader:               in,
 		Writer:               out,
 		ErrWriter:            errw,

@@ -24,28 +24,29 @@ func restoreCommand(e *env) *cli.Command {
 		Usage:     "restore a database of a logical backup",
 		ArgsUsage: "BACKUP",
 		Category:  backups,
-		Description: "BACKUP is an id, the beginning of one, or \"latest\". The database is made, unless it is there and\n" +
-			"empty; one that holds something is refused. The target is the backup's own cluster, another one\n" +
-			"of the configuration, or any server. Nothing but the repository, a key and this program is needed.\n\n" + examples(
-			"pgkeep restore --database shop --to shop_yesterday --dry-run latest", "what would be done",
-			"pgkeep restore --database shop --to shop_yesterday latest", "do it",
-			"pgkeep restore --target 'host=db2 user=postgres' --jobs 4 latest", "the only database, to another server",
-			"pgkeep restore --globals latest > roles.sql", "the roles, for psql"),
+		Description: "BACKUP is an id, the beginning of one, or \"latest\". The database is made, if it\n" +
+			"is not there; one that holds something is refused. The target is the backup's\n" +
+			"own cluster, another one of the configuration, or any server. Repository, key\n" +
+			"and this program are all it takes.\n\n" + examples(
+			"pgkeep restore --database shop --to shop2 --dry-run latest", "what it does",
+			"pgkeep restore --database shop --to shop2 latest", "do it",
+			"pgkeep restore --target 'host=db2 user=me' 20261122", "elsewhere",
+			"pgkeep restore --globals latest > roles.sql", "for psql"),
 		Flags: []cli.Flag{
 			clusterFlag(),
-			&cli.StringFlag{Name: "database", Usage: "restore database `NAME` of the backup; not needed if it holds only one"},
-			&cli.StringFlag{Name: "to", Usage: "into database `NAME`; if not given, the same name"},
-			&cli.StringFlag{Name: "target-cluster", Usage: "in the cluster `NAME` of the configuration; if not given, the backup's own"},
+			&cli.StringFlag{Name: "database", Usage: "database `NAME` of the backup, if it holds several"},
+			&cli.StringFlag{Name: "to", Usage: "into database `NAME`; else under its own name"},
+			&cli.StringFlag{Name: "target-cluster", Usage: "in cluster `NAME` of the configuration"},
 			&cli.StringFlag{Name: "target", Usage: "in the server that `CONNINFO` reaches"},
 			&cli.StringFlag{Name: "target-password-file", Usage: "with the password in `FILE`, for --target"},
-			&cli.IntFlag{Name: "jobs", Usage: "restore `N` tables and indexes at a time", Value: 2},
-			boolFlag("no-owner", "let everything belong to the role that restores"),
+			&cli.IntFlag{Name: "jobs", Usage: "`N` tables or indexes at a time", Value: 2},
+			boolFlag("no-owner", "everything belongs to the role that restores"),
 			boolFlag("no-privileges", "grant nobody anything"),
-			boolFlag("no-tablespaces", "put everything into the database's own tablespace"),
-			boolFlag("into-existing", "restore into a database that holds something already"),
-			&cli.StringFlag{Name: "scratch", Usage: "unpack the dump in `DIR`; if not given, in the spool"},
+			boolFlag("no-tablespaces", "use the tablespace of the database"),
+			boolFlag("into-existing", "also into a database that holds something"),
+			&cli.StringFlag{Name: "scratch", Usage: "unpack the dump in `DIR`, not in the spool"},
 			boolFlag("dry-run", "say what would be done, and do nothing"),
-			boolFlag("globals", "print the SQL that made roles and tablespaces, and do nothing"),
+			boolFlag("globals", "print the SQL of roles and tablespaces, only"),
 			jsonFlag(),
 		},
 		Action: func(c *cli.Context) error {

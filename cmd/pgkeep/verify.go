@@ -22,9 +22,9 @@ func verifyCommand(e *env) *cli.Command {
 		Usage:     "read backups back and compare every byte",
 		ArgsUsage: "[BACKUP]",
 		Category:  backups,
-		Description: "BACKUP is an id, the beginning of one, or \"latest\". Everything the backup consists of is read,\n" +
-			"decrypted, decompressed and compared; pg_restore reads the table of contents. A host without\n" +
-			"an operator's key compares what is stored, and says so.\n\n" + examples(
+		Description: "BACKUP is an id, the beginning of one, or \"latest\". All that the backup consists\n" +
+			"of is read, decrypted, decompressed, compared; pg_restore reads the table of\n" +
+			"contents. Without an operator's key, the stored bytes are compared.\n\n" + examples(
 			"pgkeep verify latest", "the newest of the only cluster",
 			"pgkeep verify --cluster main --all", "all of one cluster",
 			"pgkeep verify --all", "all there are"),

@@ -18,7 +18,7 @@ import (
 // This file finds out which cluster and which backup are meant.
 
 func clusterFlag() cli.Flag {
-	return &cli.StringFlag{Name: "cluster", Usage: "of the cluster `NAME`; not needed if there is only one"}
+	return &cli.StringFlag{Name: "cluster", Usage: "of cluster `NAME`, if there are several"}
 }
 
 // repository opens the repository with the keys of this host.
