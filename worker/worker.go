@@ -65,7 +65,7 @@ func Run(ctx context.Context, opt Options) error {
 	local := sdk.New(opt.Client, workflows.HostQueue(opt.Host), sdk.Options{
 		DisableWorkflowWorker:              true, // else it would stop before activities hear of it
 		MaxConcurrentActivityExecutionSize: opt.Activities,
-		MaxHeartbeatThrottleInterval:       10 * time.Second,
+		MaxHeartbeatThrottleInterval:       3 * time.Second,
 		WorkerStopTimeout:                  opt.Grace + 10*time.Second, // to end programs and send the last heartbeat
 		OnFatalError:                       fatal,
 	})

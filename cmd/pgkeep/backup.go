@@ -118,8 +118,8 @@ func (e *env) backup(ctx context.Context, opt backupOptions) error {
 			Link string `json:"link,omitempty"`
 		}{name, res, link})
 	}
-	_, err = fmt.Fprintf(e.out, "%s  %s  %d databases, %s dumped, %s stored in %d packs, verified: %s\n",
-		res.ID, name, res.Databases, size(res.Bytes), size(res.Stored), res.Packs, res.Verified)
+	_, err = fmt.Fprintf(e.out, "%s  %s  %s, %s dumped, %s stored in %s, verified: %s\n",
+		res.ID, name, count(res.Databases, "database"), size(res.Bytes), size(res.Stored), count(res.Packs, "pack"), res.Verified)
 	return err
 }
 

@@ -35,6 +35,7 @@ func initCommand(e *env) *cli.Command {
 
 func (e *env) init(ctx context.Context, identity string, asJSON bool) error {
 	s := &setup{e: e, json: asJSON}
+	defer s.advise()
 	if err := s.keys(ctx, identity, time.Now()); err != nil {
 		return err
 	}
@@ -46,7 +47,7 @@ func (e *env) init(ctx context.Context, identity string, asJSON bool) error {
 		return err
 	}
 	for _, command := range nextCommands(cfg) {
-		e.say("next: %s", command)
+		s.note("next: %s", command)
 	}
 	return s.end("init")
 }
@@ -76,8 +77,8 @@ func (s *setup) searchAttributes(ctx context.Context) error {
 		return err
 	}
 	if err = classify(ctx, err); fail.KindOf(err) == fail.TemporalDown {
-		s.e.say("warning: %v", err)
-		s.e.say("warning: search attributes are not registered; run pgkeep init again when Temporal is there")
+		s.note("warning: %v", err)
+		s.note("  search attributes are not registered: run pgkeep init again when Temporal is there")
 		return nil
 	}
 	return err
@@ -87,7 +88,7 @@ func (s *setup) register(ctx context.Context, server *server) error {
 	const what = "search attributes"
 	have, err := server.OperatorService().ListSearchAttributes(ctx, &operatorservice.ListSearchAttributesRequest{Namespace: server.namespace})
 	if refused(err) {
-		s.e.sayAttributes(server.namespace)
+		s.noteAttributes(server.namespace)
 		return nil
 	}
 	if err != nil {
@@ -104,7 +105,7 @@ func (s *setup) register(ctx context.Context, server *server) error {
 	}
 	_, err = server.OperatorService().AddSearchAttributes(ctx, &operatorservice.AddSearchAttributesRequest{Namespace: server.namespace, SearchAttributes: missing})
 	if refused(err) {
-		s.e.sayAttributes(server.namespace)
+		s.noteAttributes(server.namespace)
 		return nil
 	}
 	if err != nil {
@@ -139,10 +140,10 @@ func refused(err error) bool {
 	return denied || unknown
 }
 
-// sayAttributes tells how an administrator registers them.
-func (e *env) sayAttributes(namespace string) {
-	e.say("warning: the Temporal server does not let pgkeep register search attributes; an administrator does:")
+// noteAttributes tells how an administrator registers them.
+func (s *setup) noteAttributes(namespace string) {
+	s.note("warning: this Temporal server lets only its administrator register search attributes:")
 	for _, key := range workflows.SearchAttributes() {
-		e.say("  temporal operator search-attribute create --namespace %s --name %s --type %v", namespace, key.GetName(), key.GetValueType())
+		s.note("  temporal operator search-attribute create --namespace %s --name %s --type %v", namespace, key.GetName(), key.GetValueType())
 	}
 }

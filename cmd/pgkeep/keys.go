@@ -51,6 +51,7 @@ func keyInitCommand(e *env) *cli.Command {
 		Flags:       []cli.Flag{newIdentityFlag(), jsonFlag()},
 		Action: func(c *cli.Context) error {
 			s := &setup{e: e, json: c.Bool("json")}
+			defer s.advise()
 			if err := s.keys(c.Context, c.String("new-identity"), time.Now()); err != nil {
 				return err
 			}
@@ -101,9 +102,10 @@ func keyCheckCommand(e *env) *cli.Command {
 
 // A setup makes what is missing, and says each thing it made or found.
 type setup struct {
-	e    *env
-	json bool
-	did  []step
+	e      *env
+	json   bool
+	did    []step
+	advice []string // for the end
 }
 
 type step struct {
@@ -122,6 +124,17 @@ func (s *setup) step(made bool, what, format string, args ...any) {
 			did = "made"
 		}
 		fmt.Fprintf(s.e.out, "%-5s  %-18s  %s\n", did, one.What, one.Is)
+	}
+}
+
+func (s *setup) note(format string, args ...any) {
+	s.advice = append(s.advice, fmt.Sprintf(format, args...))
+}
+
+// advise tells what there is to do, after everything else.
+func (s *setup) advise() {
+	for _, line := range s.advice {
+		s.e.say("%s", line)
 	}
 }
 
@@ -183,8 +196,8 @@ func (s *setup) keys(ctx context.Context, identity string, now time.Time) error 
 	if len(epochs) > 0 {
 		s.adviseRecipients(epochs[len(epochs)-1], recipients)
 	}
-	s.e.say("this host signs as %s", access.Signer.Public())
-	s.e.say("pin that under keys.trusted_signers wherever else its backups are listed or restored")
+	s.note("this host signs as %s", access.Signer.Public())
+	s.note("pin that as one of keys.trusted_signers wherever else its backups are to be believed")
 	return nil
 }
 
@@ -194,11 +207,12 @@ func (s *setup) adviseRecipients(newest repo.Epoch, wanted []string) {
 	have := recipientsOf(newest)
 	for _, text := range wanted {
 		if !slices.Contains(have, text) {
-			s.e.say("warning: %s does not open the backups: pgkeep key add-recipient %[1]s", text)
+			s.note("warning: %s does not open the backups: pgkeep key add-recipient %[1]s", text)
 		}
 	}
 	if len(have) == 1 {
-		s.e.say("warning: only one key opens the backups, and if it is lost, so are they: add a second one, kept offline, with pgkeep key add-recipient")
+		s.note("warning: only one key opens the backups; if it is lost, so are they")
+		s.note("  keep a second one offline: age-keygen makes it, pgkeep key add-recipient lets it in")
 	}
 }
 
@@ -253,7 +267,7 @@ func (s *setup) identity(file string, now time.Time) (string, error) {
 	}
 	s.step(made, "operator identity", "%s, %s", file, recipient)
 	if made {
-		s.e.say("whoever has %s opens the backups: move it off this host, and keep a copy elsewhere", file)
+		s.note("whoever has %s opens the backups: move it off this host, and keep a copy elsewhere", file)
 	}
 	return recipient, nil
 }

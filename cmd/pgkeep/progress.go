@@ -91,6 +91,9 @@ func (p *progress) End() {
 	if p.bar != nil {
 		_ = p.bar.Finish()
 	}
+	if p.done == 0 { // over before it told anything
+		return
+	}
 	now := time.Now()
 	fmt.Fprintf(p.w, "pgkeep: %s: %s in %s, %s/s\n", p.what, size(p.done), span(now.Sub(p.began)), p.rate(now))
 }
