@@ -23,7 +23,6 @@ require (
 	golang.org/x/sync v0.22.0
 	golang.org/x/sys v0.47.0
 	golang.org/x/term v0.45.0
-	pgregory.net/rapid v1.3.0
 )
 
 require (

@@ -19,6 +19,7 @@ import (
 
 	"github.com/pgkeep/pgkeep/activities"
 	"github.com/pgkeep/pgkeep/internal/backup"
+	"github.com/pgkeep/pgkeep/internal/store"
 	"github.com/pgkeep/pgkeep/workflows"
 )
 
@@ -28,6 +29,7 @@ type Options struct {
 	Client  client.Client
 	Host    string
 	Logical []*backup.Logical // of the clusters of this host
+	Store   store.Store       // of the repository; nil: leftovers there are not looked for
 	Log     *slog.Logger
 
 	Activities int           // at a time on this host; 0: 4
@@ -100,13 +102,25 @@ func stopAll(workers []sdk.Worker) {
 	wg.Wait()
 }
 
+// staleUpload is when an upload in parts that nobody completed is taken for
+// abandoned. Nothing of pgkeep takes nearly as long for one object.
+const staleUpload = 48 * time.Hour
+
 // tidy removes, at once and then now and then, what backups left in the spool
-// whose workflows are gone: a terminated one runs no code that would.
+// whose workflows are gone: a terminated one runs no code that would. And it
+// aborts what is left of uploads in the store, where it costs and nobody sees it.
 func tidy(ctx context.Context, opt Options) {
 	for tick := time.NewTicker(opt.Tidy); ; {
 		for _, l := range opt.Logical {
 			if err := tidyOne(ctx, opt, l); err != nil && ctx.Err() == nil {
 				opt.Log.Warn("spool not looked after", "cluster", l.Name, "error", err)
+			}
+		}
+		if sweeper, ok := opt.Store.(store.Sweeper); ok {
+			if n, err := sweeper.AbortStale(ctx, staleUpload); err != nil && ctx.Err() == nil {
+				opt.Log.Warn("abandoned uploads not aborted", "error", err)
+			} else if n > 0 {
+				opt.Log.Info("abandoned uploads aborted", "uploads", n)
 			}
 		}
 		select {

@@ -84,6 +84,7 @@ func (e *env) backup(ctx context.Context, opt backupOptions) error {
 		WorkflowExecutionErrorWhenAlreadyStarted: true, // else this would be somebody else's backup
 		WorkflowRunTimeout:                       runTimeout,
 		StaticSummary:                            "logical backup of " + name,
+		Memo:                                     map[string]any{"pgkeep.requestedFrom": string(cfg.Host), "pgkeep.version": thisVersion().Version},
 	}
 	if searchable, err := schedule.Searchable(ctx, s, s.namespace); err != nil {
 		return err
