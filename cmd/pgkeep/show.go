@@ -10,6 +10,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/pgkeep/pgkeep/internal/backup"
+	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/repo"
 )
 
@@ -68,11 +69,7 @@ func (e *env) show(ctx context.Context, cluster, what string, asJSON bool) error
 	fmt.Fprintln(e.out)
 	var rows [][]string
 	for _, db := range shown.details.Databases {
-		lsn := db.LSN.After.String()
-		if !db.LSN.Exact {
-			lsn = db.LSN.Before.String() + ".." + lsn
-		}
-		rows = append(rows, []string{db.Name, size(db.Bytes), lsn, moment(db.TakenAt), db.Snapshot})
+		rows = append(rows, []string{db.Name, size(db.Bytes), bracket(db.LSN.Before, db.LSN.After), moment(db.TakenAt), db.Snapshot})
 	}
 	return table(e.out, "DATABASE SIZE LSN TAKEN SNAPSHOT", rows)
 }
@@ -107,7 +104,7 @@ func (b backupShown) pairs(m repo.Manifest, link string, now time.Time) [][2]str
 		{"finished", moment(m.FinishedAt) + ", in " + span(m.FinishedAt.Sub(m.StartedAt))},
 		{"kind", string(b.Kind)},
 		{"PostgreSQL", fmt.Sprintf("%s, system %v, timeline %v, on %s", b.Version, b.System, b.LSN.Timeline, b.Host)},
-		{"LSN", b.lsn()},
+		{"LSN", bracket(b.LSN.Before, b.LSN.After)},
 		{"WAL archive", wal},
 		{"size", size(b.Bytes) + " in " + count(m.Files, "file")},
 		{"stored", fmt.Sprintf("%s in %s, encrypted: %s", size(b.Stored), count(m.Packs, "pack"), encrypted)},
@@ -126,21 +123,21 @@ func (b backupShown) pairs(m repo.Manifest, link string, now time.Time) [][2]str
 	return all
 }
 
-// lsn is the position, or the bracket, that the backup stands for.
-func (b backupShown) lsn() string {
-	if b.LSN.Before == b.LSN.After {
-		return b.LSN.After.String()
+// bracket shows two positions, or one if they are the same.
+func bracket(before, after pg.LSN) string {
+	if before == after {
+		return after.String()
 	}
-	return fmt.Sprintf("%v to %v", b.LSN.Before, b.LSN.After)
+	return fmt.Sprintf("%v..%v", before, after)
 }
 
 // verifiedMeans says in words how deep somebody looked.
 func verifiedMeans(v repo.Verified) string {
 	switch v {
 	case repo.VerifiedContent:
-		return "content: read back, decrypted, decompressed, every block compared"
+		return "content: read back, opened, every block compared"
 	case repo.VerifiedStored:
-		return "stored: read back and compared, not decrypted"
+		return "stored: read back and compared, not opened"
 	}
 	return string(v)
 }

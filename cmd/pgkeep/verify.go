@@ -231,11 +231,15 @@ func sum(verdicts []verdict) error {
 			bad = append(bad, v)
 		}
 	}
-	switch len(bad) {
-	case 0:
+	if len(bad) == 0 {
 		return nil
-	case 1:
-		return fmt.Errorf("verify %s: %w", bad[0].ID, bad[0].err)
 	}
-	return fmt.Errorf("%d of %d backups are not sound; verify %s: %w", len(bad), len(verdicts), bad[0].ID, bad[0].err)
+	err := fmt.Errorf("verify %s: %w", bad[0].ID, bad[0].err)
+	if len(bad) > 1 {
+		err = fmt.Errorf("%d of %d backups are not sound; %w", len(bad), len(verdicts), err)
+	}
+	if errors.Is(err, fail.Corrupt) {
+		return fail.Hint(err, "restore from another backup: pgkeep list shows what there is, pgkeep verify --all which are sound")
+	}
+	return err
 }

@@ -55,14 +55,14 @@ type Damage struct {
 // Err is nil for a sound backup. Otherwise it names the first damaged object
 // and how many there are.
 func (rep Report) Err() error {
-	switch n := len(rep.Damage); n {
-	case 0:
+	if len(rep.Damage) == 0 {
 		return nil
-	case 1:
-		return fmt.Errorf("%s: %s: %w", rep.Damage[0].Object, rep.Damage[0].Reason, rep.Damage[0].kind)
-	default:
-		return fmt.Errorf("%s: %s, and %d more damaged objects: %w", rep.Damage[0].Object, rep.Damage[0].Reason, n-1, rep.Damage[0].kind)
 	}
+	first, more := rep.Damage[0], ""
+	if n := len(rep.Damage) - 1; n > 0 {
+		more = fmt.Sprintf("; and %d more", n)
+	}
+	return fail.With(first.kind, fmt.Errorf("%s: %s%s", first.Object, first.Reason, more)) // the reason says the kind
 }
 
 // add notes err as damage of the object under key, or returns it when it says

@@ -158,6 +158,7 @@ func (l Logical) Run(ctx context.Context, p Plan) error {
 	if err := l.checkSpace(p.Database.Bytes); err != nil {
 		return err
 	}
+	l.progress(Fetching, 0, 0)
 	fetching := func(pr repo.Progress) { l.progress(Fetching, pr.Read, pr.Total) }
 	return l.unpack(ctx, func(name string) bool { return strings.HasPrefix(name, p.Database.Dir+"/") }, fetching, func(dir string) error {
 		if p.Create {
@@ -165,9 +166,14 @@ func (l Logical) Run(ctx context.Context, p Plan) error {
 				return err
 			}
 		}
+		l.progress(Restoring, 0, p.Database.Bytes)
 		opt := l.options(p, dir)
 		opt.Progress = func(bytes int64) { l.progress(Restoring, bytes, p.Database.Bytes) }
-		return l.Target.Restore(ctx, opt)
+		if err := l.Target.Restore(ctx, opt); err != nil {
+			return err
+		}
+		l.progress(Restoring, p.Database.Bytes, p.Database.Bytes)
+		return nil
 	})
 }
 
