@@ -65,6 +65,11 @@ func TestBackupsAreListedVerifiedRestoredDeleted(t *testing.T) {
 	w.fails(0, []string{`"create": false`, `"database": "shop"`, `"tables": 2`}, "restore", "--database", "shop", "--to", "made", "--json", string(first))
 	w.same("shop", "made")
 	w.fails(0, []string{"CREATE ROLE clerk"}, "restore", "--globals", "latest")
+	w.exec("postgres", "CREATE ROLE visitor LOGIN")
+	visitor := strings.Replace(w.pg.Conninfo(), "user=postgres", "user=visitor", 1)
+	if status, _, said := w.pgkeep("restore", "--target", visitor, "--database", "shop", "--to", "other", "latest"); status != 31 || strings.Contains(said, "left behind") {
+		t.Errorf("restore by somebody who may not make databases = %d\n%s", status, said)
+	}
 
 	w.fails(2, []string{"is not a backup id"}, "delete", "--yes", "latest")
 	w.fails(2, []string{"--yes"}, "delete", string(first))
