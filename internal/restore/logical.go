@@ -140,7 +140,7 @@ func (l Logical) planContents(ctx context.Context, p *Plan) error {
 		}
 		if len(p.Missing) > 0 {
 			return fail.Hint(fmt.Errorf("the target has no role %s: %w", strings.Join(p.Missing, ", "), fail.BadConfig),
-				fmt.Sprintf("make them first (pgkeep restore %s --globals shows the SQL that made them), or restore with --no-owner --no-privileges", p.Backup.ID))
+				fmt.Sprintf("make them first (pgkeep restore --globals %s shows the SQL that made them), or restore with --no-owner --no-privileges", p.Backup.ID))
 		}
 		return nil
 	})
