@@ -213,7 +213,12 @@ func putOnce(ctx context.Context, st store.Store, key string, b []byte) error {
 	if !errors.Is(err, store.ErrExist) {
 		return wrap("write", key, err)
 	}
-	have, rerr := readAll(ctx, st, key, int64(len(b))+1)
+	rc, rerr := st.Get(ctx, key, store.Range{})
+	if rerr != nil {
+		return wrap("compare", key, rerr)
+	}
+	defer rc.Close()
+	have, rerr := io.ReadAll(io.LimitReader(rc, int64(len(b))+1)) // a longer one is another, not a damaged one
 	if rerr != nil {
 		return wrap("compare", key, rerr)
 	}
