@@ -38,18 +38,9 @@ func (r *Repo) tombstone(ctx context.Context, b Ref) (t tombstone, err error) {
 // after they say so), then packs, lists, manifest, intent, and last the
 // tombstone.
 func (r *Repo) Delete(ctx context.Context, b Ref, now time.Time) (objects int, err error) {
-	var packs, rest []string
-	for _, prefix := range []string{b.packs(), b.dir()} {
-		for o, err := range r.st.List(ctx, prefix) {
-			if err != nil {
-				return 0, wrap("list", prefix, err)
-			}
-			if prefix == b.packs() {
-				packs = append(packs, o.Key)
-			} else {
-				rest = append(rest, o.Key)
-			}
-		}
+	packs, rest, err := r.objects(ctx, b)
+	if err != nil {
+		return 0, err
 	}
 	if len(packs)+len(rest) == 0 {
 		return 0, fmt.Errorf("backup %s of cluster %s: %w", b.ID, b.Cluster, fail.NoBackup)
@@ -61,6 +52,10 @@ func (r *Repo) Delete(ctx context.Context, b Ref, now time.Time) (objects int, e
 			return 0, err
 		}
 	} else if err != nil {
+		return 0, err
+	}
+	// What was written since, too: a manifest must not be left without its packs.
+	if packs, rest, err = r.objects(ctx, b); err != nil {
 		return 0, err
 	}
 	if by, err := r.pinnedBy(ctx, b); err != nil {
@@ -87,7 +82,24 @@ func (r *Repo) Delete(ctx context.Context, b Ref, now time.Time) (objects int, e
 			return 0, wrap("delete", b.dir()+name, err)
 		}
 	}
-	return len(packs) + len(rest), wrap("delete", last, r.st.Delete(ctx, last))
+	return len(packs) + len(rest) - 1, wrap("delete", last, r.st.Delete(ctx, last))
+}
+
+// objects lists the keys of all that a backup wrote: its packs, and the rest.
+func (r *Repo) objects(ctx context.Context, b Ref) (packs, rest []string, err error) {
+	for _, prefix := range []string{b.packs(), b.dir()} {
+		for o, err := range r.st.List(ctx, prefix) {
+			if err != nil {
+				return nil, nil, wrap("list", prefix, err)
+			}
+			if prefix == b.packs() {
+				packs = append(packs, o.Key)
+			} else {
+				rest = append(rest, o.Key)
+			}
+		}
+	}
+	return packs, rest, nil
 }
 
 // pinnedBy returns a backup in progress that pins b, or "".

@@ -1,9 +1,11 @@
 package repo_test
 
 import (
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/pgkeep/pgkeep/internal/fault"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/store"
 )
@@ -19,5 +21,35 @@ func TestClusterNamedByAnotherVersion(t *testing.T) {
 		if _, err := b.open(t, a).WriteIntent(ctx, in, clock); err != nil {
 			t.Errorf("version %s: %v", version, err)
 		}
+	}
+}
+
+// A backup that is published while it is deleted is deleted whole, or there whole.
+func TestPublishWhileDeleting(t *testing.T) {
+	b := setup(t, new(store.Mem), false)
+	root, _ := tree(t)
+	clock := func() time.Time { return now }
+	if _, err := b.r.WriteIntent(ctx, repo.Intent{Ref: ref, Kind: repo.Logical, StartedAt: now}, clock); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.r.Write(ctx, writing(t, root)); err != nil {
+		t.Fatal(err)
+	}
+	racing := &fault.Store{Store: b.st, Before: func(op, key string) error {
+		if op == "put" && strings.HasSuffix(key, "/deleted.json") {
+			_, err := b.r.Publish(ctx, repo.Manifest{Ref: ref, Kind: repo.Logical, StartedAt: now, FinishedAt: now})
+			return err
+		}
+		return nil
+	}}
+	r, err := repo.Open(ctx, racing, b.operator)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Delete(ctx, ref, now); err != nil {
+		t.Fatal(err)
+	}
+	if list, err := b.r.Backups(ctx, "main"); err != nil || len(list) != 0 {
+		t.Errorf("deleted, and listed: %v, %v", list, err)
 	}
 }
