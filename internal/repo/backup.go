@@ -282,7 +282,14 @@ func (r *Repo) Backups(ctx context.Context, cluster string) ([]Listed, error) {
 		b := Listed{Manifest: Manifest{Ref: Ref{cluster, id}}}
 		switch {
 		case slices.Contains(names, tombstoneName):
-			continue
+			_, err := r.tombstone(ctx, b.Ref)
+			switch {
+			case err == nil, errors.Is(err, store.ErrNotExist): // deleted, or just now gone for good
+				continue
+			case fail.KindOf(err).Retry(), ctx.Err() != nil:
+				return nil, err
+			}
+			b.Err = err // whoever wrote it has no say
 		case !slices.Contains(names, "manifest.json"):
 			b.Unfinished = true
 		default:

@@ -53,3 +53,15 @@ func TestPublishWhileDeleting(t *testing.T) {
 		t.Errorf("deleted, and listed: %v, %v", list, err)
 	}
 }
+
+// Whoever can write to the bucket, and has no key, cannot hide a backup.
+func TestTombstoneOfNobodyHidesNothing(t *testing.T) {
+	b := setup(t, new(store.Mem), false)
+	root, _ := tree(t)
+	backUp(t, b.r, root)
+	put(t, b.st, "clusters/main/backups/"+string(ref.ID)+"/deleted.json", []byte("{}\n"))
+	list, err := b.r.Backups(ctx, "main")
+	if err != nil || len(list) != 1 || list[0].Err == nil {
+		t.Errorf("Backups = %v, %v, want one with an error", list, err)
+	}
+}
