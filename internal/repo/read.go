@@ -75,6 +75,8 @@ func (rep *Report) add(key string, err error) error {
 	switch {
 	case errors.Is(err, store.ErrNotExist):
 		err = errors.New("is missing")
+	case errors.Is(err, io.ErrUnexpectedEOF) && fail.KindOf(err) == fail.Unknown: // with a kind, the connection broke
+		err = errors.New("is shorter than it was")
 	case errors.Is(err, fail.Corrupt):
 	case errors.Is(err, fail.Untrusted), errors.Is(err, fail.Unsupported), errors.Is(err, fail.NoKey):
 		kind = fail.KindOf(err)

@@ -1,10 +1,12 @@
 package repo_test
 
 import (
+	"errors"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/fault"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/store"
@@ -63,5 +65,28 @@ func TestTombstoneOfNobodyHidesNothing(t *testing.T) {
 	list, err := b.r.Backups(ctx, "main")
 	if err != nil || len(list) != 1 || list[0].Err == nil {
 		t.Errorf("Backups = %v, %v, want one with an error", list, err)
+	}
+}
+
+// A pack that lost its end is damage, not trouble of the store.
+func TestCutPackIsDamage(t *testing.T) {
+	b := setup(t, new(store.Mem), false)
+	root, _ := tree(t)
+	m := backUp(t, b.r, root)
+	for key, content := range objects(t, b.st) {
+		if !strings.HasSuffix(key, ".pack") {
+			continue
+		}
+		for _, n := range []int{1, len(content) - 10} {
+			if err := b.st.Delete(ctx, key); err != nil {
+				t.Fatal(err)
+			}
+			put(t, b.st, key, content[:len(content)-n])
+			rep, err := b.r.Read(ctx, m.ID, m.Content, repo.Reading{})
+			if err != nil || !errors.Is(rep.Err(), fail.Corrupt) || !strings.Contains(rep.Err().Error(), key) {
+				t.Errorf("%s cut by %d: %v, %v, want it named as corrupt", key, n, rep.Err(), err)
+			}
+		}
+		return
 	}
 }
