@@ -275,7 +275,9 @@ func (re *reader) assign(t Tree, f *wantedFile, foots []*footer, frames []map[in
 			if frames[l.Pack] == nil {
 				frames[l.Pack] = make(map[int]wantedFrame)
 			}
-			frames[l.Pack][n] = wantedFrame{f, blocks}
+			if len(blocks) > 0 { // of two layers with the same frame, the first has them
+				frames[l.Pack][n] = wantedFrame{f, blocks}
+			}
 		}
 	}
 	if left.n != 0 {

@@ -1,7 +1,10 @@
 package repo_test
 
 import (
+	"bytes"
 	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -88,5 +91,48 @@ func TestCutPackIsDamage(t *testing.T) {
 			}
 		}
 		return
+	}
+}
+
+// own: frames of the first are interrupted by those of the second.
+func TestFileChangesBetweenAttempts(t *testing.T) {
+	b := setup(t, new(store.Mem), false)
+	dir := t.TempDir()
+	content := make([]byte, 40*8192+100)
+	for i := range content {
+		content[i] = byte(i*7 + i>>8 + i>>13)
+	}
+	write := func() {
+		if err := os.WriteFile(filepath.Join(dir, "16384"), content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write()
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	broken := &fault.Store{Store: b.st, Before: func(op, key string) error {
+		if op == "put" && strings.Contains(key, "/tree-") {
+			return errors.New("cut")
+		}
+		return nil
+	}}
+	r, err := repo.Open(ctx, broken, b.operator)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, block := range []int{0, 5, 21} {
+		content[block*8192] ^= 0xff
+		write()
+		if _, err := r.Write(ctx, writing(t, root)); err == nil {
+			t.Fatal("the cut was not noticed")
+		}
+	}
+	m := backUp(t, b.r, root)
+	got, err := extract(t, b.r, m)
+	if err != nil || !bytes.Equal(got["16384"], content) {
+		t.Errorf("restored file differs, %v", err)
 	}
 }
