@@ -11,6 +11,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"time"
@@ -327,10 +328,14 @@ func (l *Logical) Upload(ctx context.Context, id repo.ID, progress func(repo.Pro
 	if err != nil {
 		return repo.Content{}, err
 	}
-	if _, err := l.dumped(id); err != nil {
+	d, err := l.dumped(id)
+	if err != nil {
 		return repo.Content{}, err
 	}
 	root, err := os.OpenRoot(filepath.Join(l.dir(id), treeDir))
+	if errors.Is(err, os.ErrNotExist) {
+		err = fmt.Errorf("%w: %w", err, fail.SpoolLost)
+	}
 	if err != nil {
 		return repo.Content{}, fmt.Errorf("open spool: %w", err)
 	}
@@ -339,7 +344,30 @@ func (l *Logical) Upload(ctx context.Context, id repo.ID, progress func(repo.Pro
 	if err != nil {
 		return repo.Content{}, fmt.Errorf("list spool: %w", err)
 	}
+	if err := d.whole(files); err != nil {
+		return repo.Content{}, err
+	}
 	return r.Write(ctx, repo.Writing{Ref: l.ref(id), Root: root, Files: files, Progress: progress})
+}
+
+// whole compares what is in the spool with what the dump left there. Something
+// may have been lost since: to a cleaner of old files, or a crash of the host.
+func (d Details) whole(files []repo.File) error {
+	sizes := make(map[string]int64) // by directory
+	roles := false
+	for _, f := range files {
+		sizes[path.Dir(f.Path)] += f.Size
+		roles = roles || f.Path == d.Globals
+	}
+	for _, db := range d.Databases {
+		if have := sizes[db.Dir]; have != db.Bytes {
+			return fmt.Errorf("the dump of database %q had %d bytes, %d are in the spool: %w", db.Name, db.Bytes, have, fail.SpoolLost)
+		}
+	}
+	if !roles {
+		return fmt.Errorf("%s is not in the spool: %w", d.Globals, fail.SpoolLost)
+	}
+	return nil
 }
 
 // RecordLSN asks the server again which timeline it is on, and whether the log
