@@ -6,6 +6,7 @@ package activities
 import (
 	"context"
 	"errors"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -108,6 +109,7 @@ func border(ctx context.Context, err error) error {
 	if len(text) > 2000 { // the server cuts failures off at 4 KiB
 		text = text[:2000] + "…"
 	}
+	text = strings.ToValidUTF8(text, "?") // what is not UTF-8 would never be sent
 	opt := temporal.ApplicationErrorOptions{NonRetryable: final}
 	if hint := fail.HintOf(err); hint != "" {
 		opt.Details = []any{Advice{hint}}
