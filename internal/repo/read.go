@@ -221,6 +221,7 @@ func (re *reader) footers(ctx context.Context, t Tree, need map[int]bool) ([]*fo
 				foot.ids = nil // read again with the pack, when they are needed
 				foots[i] = foot
 			}
+			re.progress(0)
 			return re.damage(p.Key, err)
 		})
 	}
@@ -379,10 +380,15 @@ func (u *unpacker) pack(ctx context.Context, p Pack, want map[int]wantedFrame) e
 	u.re.mu.Lock()
 	u.re.rep.Stored += p.Size
 	u.re.mu.Unlock()
-	if u.re.opt.Progress != nil {
-		u.re.opt.Progress(Progress{Read: u.re.read.Add(p.Size), Total: u.re.total.Load()})
-	}
+	u.re.progress(p.Size)
 	return nil
+}
+
+// progress tells that n more bytes were read, or that it moves.
+func (re *reader) progress(n int64) {
+	if re.opt.Progress != nil {
+		re.opt.Progress(Progress{Read: re.read.Add(n), Total: re.total.Load()})
+	}
 }
 
 // frames opens every frame, compares every block, and writes what is wanted.

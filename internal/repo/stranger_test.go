@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -134,5 +135,40 @@ func TestFileChangesBetweenAttempts(t *testing.T) {
 	got, err := extract(t, b.r, m)
 	if err != nil || !bytes.Equal(got["16384"], content) {
 		t.Errorf("restored file differs, %v", err)
+	}
+}
+
+// word of it, an attempt that works is taken for one that hangs.
+func TestReadingDirectoriesIsProgress(t *testing.T) {
+	b := setup(t, new(store.Mem), false)
+	root, _ := tree(t)
+	broken := &fault.Store{Store: b.st, Before: func(op, key string) error {
+		if op == "put" && strings.Contains(key, "/tree-") {
+			return errors.New("cut")
+		}
+		return nil
+	}}
+	r, err := repo.Open(ctx, broken, b.operator)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := writing(t, root)
+	if _, err := r.Write(ctx, w); err == nil {
+		t.Fatal("the cut was not noticed")
+	}
+	var before atomic.Int64 // calls before anything was read
+	count := func(p repo.Progress) {
+		if p.Read == 0 && p.Sent == 0 {
+			before.Add(1)
+		}
+	}
+	w.Progress = count
+	content, err := b.r.Write(ctx, w)
+	if err != nil || before.Load() < int64(content.Packs) {
+		t.Errorf("Write: %d calls for %d packs, %v", before.Load(), content.Packs, err)
+	}
+	before.Store(0)
+	if _, err := b.r.Read(ctx, ref.ID, content, repo.Reading{Progress: count}); err != nil || before.Load() < int64(content.Packs) {
+		t.Errorf("Read: %d calls for %d packs, %v", before.Load(), content.Packs, err)
 	}
 }

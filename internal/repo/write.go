@@ -150,7 +150,7 @@ func (r *Repo) newWriter(ctx context.Context, w Writing) (*writer, error) {
 	if wr.to.meta, err = r.metadata(); err != nil {
 		return nil, err
 	}
-	if wr.prior, err = r.findPrior(ctx, w.Ref); err != nil {
+	if wr.prior, err = r.findPrior(ctx, w.Ref, wr.progress); err != nil {
 		return nil, err
 	}
 	wr.number.Store(wr.prior.last)
@@ -470,8 +470,9 @@ type winner struct {
 }
 
 // findPrior lists the packs of a backup and reads their directories. A pack
-// that cannot be read is left alone: it will not be part of the backup.
-func (r *Repo) findPrior(ctx context.Context, b Ref) (*prior, error) {
+// that cannot be read is left alone: it will not be part of the backup. After
+// each, moved is called.
+func (r *Repo) findPrior(ctx context.Context, b Ref, moved func()) (*prior, error) {
 	p := &prior{frames: make(map[string][]priorFrame)}
 	var objects []store.Object
 	for o, err := range r.st.List(ctx, b.packs()) {
@@ -498,6 +499,7 @@ func (r *Repo) findPrior(ctx context.Context, b Ref) (*prior, error) {
 			default:
 				return err
 			}
+			moved()
 			return nil
 		})
 	}
