@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -66,9 +67,42 @@ func TestBackupAndRestore(t *testing.T) {
 	if err != nil || objects < 5 {
 		t.Errorf("%d objects, %v", objects, err)
 	}
+	r.exitDoor(done.ID)
 	r.must("delete", "--yes", done.ID)
 	if got := r.listed(); len(got) != 0 {
 		t.Errorf("listed %v after it was deleted", got)
+	}
+}
+
+// exitDoor reads the backup without pgkeep, by the commands that docs/FORMAT.md
+// gives.
+func (r *rig) exitDoor(id string) {
+	r.t.Helper()
+	doc, err := os.ReadFile("../../docs/FORMAT.md")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	_, script, ok := strings.Cut(string(doc), "```sh\n")
+	script, _, _ = strings.Cut(script, "```")
+	dir := filepath.Join(r.dir, "bucket")
+	key, err := os.ReadFile(filepath.Join(r.dir, "keys/operator.key"))
+	if err == nil {
+		err = os.CopyFS(dir, os.DirFS(filepath.Join(r.s3.Data, "test")))
+	}
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, "operator.key"), key, 0o600)
+	}
+	if err != nil || !ok {
+		r.t.Fatal(ok, err)
+	}
+	cmd := exec.Command("bash", "-euo", "pipefail", "-c", script)
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "id="+id)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		r.t.Fatalf("%v\n%s", err, out)
+	}
+	sql, err := os.ReadFile(filepath.Join(dir, "globals.sql"))
+	if err != nil || !bytes.Contains(sql, []byte("CREATE ROLE keeper")) || bytes.Contains(sql, []byte("SCRAM-SHA-256")) {
+		r.t.Errorf("globals.sql: %v\n%s", err, sql)
 	}
 }
 
