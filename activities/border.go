@@ -6,6 +6,7 @@ package activities
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -31,7 +32,8 @@ type moved func(Progress)
 // watched runs work with a context that ends when the workflow is cancelled, and
 // some time after the worker is told to stop: what is nearly done gets done.
 // Heartbeats go out while work moves; after quiet without a call of moved they
-// cease, so that the server takes a hanging attempt for dead.
+// cease, so that the server takes a hanging attempt for dead, and the context
+// ends, so that what it holds is free for the next.
 func watched(ctx context.Context, stage string, grace, quiet time.Duration, work func(context.Context, moved) error) error {
 	wctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -59,6 +61,8 @@ func watched(ctx context.Context, stage string, grace, quiet time.Duration, work
 			case <-tick.C:
 				if time.Since(time.Unix(0, at.Load())) < quiet {
 					activity.RecordHeartbeat(ctx, *last.Load())
+				} else {
+					cancel(errQuiet)
 				}
 			case <-stopping:
 				stopping, enough = nil, time.After(grace)
@@ -82,10 +86,16 @@ func watched(ctx context.Context, stage string, grace, quiet time.Duration, work
 		return temporal.NewApplicationErrorWithOptions("the worker was told to stop", string(fail.Stopping), temporal.ApplicationErrorOptions{
 			NextRetryDelay: time.Second, Category: temporal.ApplicationErrorCategoryBenign})
 	}
+	if err != nil && errors.Is(context.Cause(wctx), errQuiet) {
+		err = fail.With(fail.Stalled, fmt.Errorf("%s: %w for %v: %w", stage, errQuiet, quiet, err))
+	}
 	return border(ctx, err)
 }
 
-var errStopping = errors.New("the worker was told to stop")
+var (
+	errStopping = errors.New("the worker was told to stop")
+	errQuiet    = errors.New("nothing moved")
+)
 
 // maxFailures is how often what PostgreSQL's programs do may fail by itself
 // before the backup does. Attempts that end because a worker does count, too.

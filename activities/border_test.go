@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 	"unicode/utf8"
 
 	"go.temporal.io/sdk/temporal"
@@ -39,5 +40,26 @@ func TestFailuresAreText(t *testing.T) {
 				t.Errorf("advice is not UTF-8")
 			}
 		})
+	}
+}
+
+// An attempt that stands still is ended, not only left for dead: it holds the
+// lock of the spool, and a place among what a worker does at a time.
+func TestHangingAttemptEnds(t *testing.T) {
+	var suite testsuite.WorkflowTestSuite
+	env := suite.NewTestActivityEnvironment()
+	hang := func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+		defer cancel()
+		return activities.Watched(ctx, time.Millisecond, func(wctx context.Context) error {
+			<-wctx.Done()
+			return wctx.Err()
+		})
+	}
+	env.RegisterActivity(hang)
+	began := time.Now()
+	_, err := env.ExecuteActivity(hang)
+	if kind := fail.KindOf(err); kind != fail.Stalled || time.Since(began) > 15*time.Second {
+		t.Errorf("after %v: %v, kind %q, want stalled", time.Since(began), err, kind)
 	}
 }
