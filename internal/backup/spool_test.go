@@ -81,3 +81,15 @@ func spooled(t *testing.T) (*backup.Logical, repo.ID) {
 	write("done.json", text)
 	return l, id
 }
+
+// A backup that is deleted while it is taken ends at once: trying again for
+// hours would keep the next one from starting.
+func TestDeletedWhileTaken(t *testing.T) {
+	l, id := spooled(t)
+	if _, err := l.Verify(t.Context(), id, nil); !errors.Is(err, fail.NoBackup) {
+		t.Errorf("Verify: %v, want no-backup", err)
+	}
+	if _, err := l.Publish(t.Context(), id, backup.Published{}); !errors.Is(err, fail.NoBackup) {
+		t.Errorf("Publish: %v, want no-backup", err)
+	}
+}

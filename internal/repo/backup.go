@@ -219,11 +219,13 @@ func (r *Repo) Publish(ctx context.Context, m Manifest) (Manifest, error) {
 }
 
 // Draft returns what the finished upload of a backup stored; store.ErrNotExist
-// when it is not finished.
+// and fail.NoBackup when it is not finished, or was deleted.
 func (r *Repo) Draft(ctx context.Context, b Ref) (Content, error) {
 	var d draft
 	key := b.dir() + "draft.json"
-	if err := r.getSigned(ctx, key, "draft", &d); err != nil {
+	if err := r.getSigned(ctx, key, "draft", &d); errors.Is(err, store.ErrNotExist) {
+		return Content{}, fail.With(fail.NoBackup, err)
+	} else if err != nil {
 		return Content{}, err
 	}
 	if d.Ref != b {
