@@ -9,10 +9,6 @@ MODULES := . $(SERVER) tools
 # Tools are pinned in tools/go.mod; the go command builds and caches them.
 tool = $$(go -C tools tool -n $(1))
 
-# Compiled alike, so that the cache serves both, and the parts tests build too.
-check build: export CGO_ENABLED := 0
-check build: export GOFLAGS := $(GOFLAGS) -trimpath
-
 # The same build everywhere, so that Temporal's server, which is large, is
 # compiled once. The race detector alone needs cgo.
 export CGO_ENABLED = 0
@@ -34,9 +30,9 @@ check: ## what needs no service: format, vet, staticcheck, workflowcheck, tidy m
 	for m in $(MODULES); do go -C $$m mod tidy -diff || exit; done
 
 test: setup ## every test, on a real PostgreSQL, S3 and Temporal, with the race detector
-	CGO_ENABLED=1 go test -race -timeout 15m ./...
-	go -C $(SERVER) test -timeout 15m ./...
-	PGKEEP_TEST_STICKY_CACHE=0 CGO_ENABLED=1 go test -race -count 1 -timeout 15m ./workflows/... ./worker/...
+	CGO_ENABLED=1 go test -race -timeout 30m ./...
+	go -C $(SERVER) test -timeout 30m ./...
+	PGKEEP_TEST_STICKY_CACHE=0 CGO_ENABLED=1 go test -race -count 1 -timeout 30m ./workflows/... ./worker/...
 
 fuzz: ## every fuzz test for FUZZTIME (30s)
 	@grep -roE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]+' . | sed 's/\/[^/]*:func / /' | \
@@ -56,7 +52,7 @@ build: ## static programs in bin/
 	go -C $(SERVER) build -ldflags '-s -w -X main.version=$(VERSION)' -o ../../bin/pgkeep-server .
 
 clean: ## remove what the others made
-	rm -rf bin .lab
+	rm -rf bin
 
 setup:
 	@tools/setup
