@@ -114,7 +114,7 @@ func border(ctx context.Context, err error) error {
 		}
 	}
 	kind := fail.KindOf(err)
-	final := !kind.Retry() || kind == fail.DumpFailed && activity.GetInfo(ctx).Attempt >= maxFailures
+	final := !kind.Retry() || (kind == fail.DumpFailed || kind == fail.Stalled) && activity.GetInfo(ctx).Attempt >= maxFailures
 	text := err.Error()
 	if len(text) > 2000 { // the server cuts failures off at 4 KiB
 		text = text[:2000] + "…"

@@ -1,6 +1,7 @@
 package activities
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"time"
@@ -96,8 +97,8 @@ func (h *Host) Dump(ctx context.Context, j Job) (res DumpResult, err error) {
 	if err != nil {
 		return res, border(ctx, err)
 	}
-	quiet := l.StallAfter + time.Minute // the dump notices by itself that it hangs, and says more
-	err = watched(ctx, "dump", h.grace(), max(quiet, 2*time.Minute), func(ctx context.Context, moved moved) error {
+	quiet := cmp.Or(l.StallAfter, 10*time.Minute) + time.Minute // the dump notices by itself that it hangs, and says more
+	err = watched(ctx, "dump", h.grace(), quiet, func(ctx context.Context, moved moved) error {
 		d, err := l.Dump(ctx, id, func(bytes int64) { moved(Progress{Done: bytes}) })
 		res = DumpResult{len(d.Databases), d.Bytes(), d.Span()}
 		return err

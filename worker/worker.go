@@ -26,11 +26,12 @@ import (
 // Options are what a worker needs. The zero value of each field in the last
 // group is right.
 type Options struct {
-	Client  client.Client
-	Host    string
-	Logical []*backup.Logical // of the clusters of this host
-	Store   store.Store       // of the repository; nil: leftovers there are not looked for
-	Log     *slog.Logger
+	Client    client.Client
+	Namespace string // of Client: what other namespaces' workflows left is not judged
+	Host      string
+	Logical   []*backup.Logical // of the clusters of this host
+	Store     store.Store       // of the repository; nil: leftovers there are not looked for
+	Log       *slog.Logger
 
 	Activities int           // at a time on this host; 0: 4
 	Grace      time.Duration // for what runs when the worker is told to stop; 0: 15 s
@@ -138,7 +139,7 @@ func tidyOne(ctx context.Context, opt Options, l *backup.Logical) error {
 		return err
 	}
 	for id, by := range spooled {
-		open, err := isOpen(ctx, opt.Client, by)
+		open, err := isOpen(ctx, opt, by)
 		if err != nil {
 			return err
 		}
@@ -153,18 +154,25 @@ func tidyOne(ctx context.Context, opt Options, l *backup.Logical) error {
 	return nil
 }
 
-// isOpen reports whether a workflow run is still running. Only the server's own
-// word that it is not makes it false.
-func isOpen(ctx context.Context, c client.Client, by backup.Owner) (bool, error) {
-	if by.Run == "" { // just being made, or not ours to judge
+// isOpen reports whether a workflow run is still running, or the run that it was
+// reset to. Only the server's own word that it is not makes it false.
+func isOpen(ctx context.Context, opt Options, by backup.Owner) (bool, error) {
+	if by.Run == "" || by.Namespace != opt.Namespace { // not ours to judge
 		return true, nil
 	}
-	d, err := c.DescribeWorkflowExecution(ctx, by.Workflow, by.Run)
-	if _, gone := errors.AsType[*serviceerror.NotFound](err); gone {
-		return false, nil
+	for run := by.Run; ; {
+		d, err := opt.Client.DescribeWorkflowExecution(ctx, by.Workflow, run)
+		if _, gone := errors.AsType[*serviceerror.NotFound](err); gone {
+			return false, nil
+		}
+		if err != nil {
+			return true, err
+		}
+		if d.GetWorkflowExecutionInfo().GetStatus() == enums.WORKFLOW_EXECUTION_STATUS_RUNNING {
+			return true, nil
+		}
+		if run = d.GetWorkflowExtendedInfo().GetResetRunId(); run == "" {
+			return false, nil
+		}
 	}
-	if err != nil {
-		return true, err
-	}
-	return d.GetWorkflowExecutionInfo().GetStatus() == enums.WORKFLOW_EXECUTION_STATUS_RUNNING, nil
 }

@@ -86,7 +86,7 @@ func (r *rig) serve(t *testing.T, grace time.Duration) (stop func()) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	done := make(chan error, 1)
 	go func() {
-		done <- worker.Run(ctx, worker.Options{Client: r.client, Host: "db1", Logical: []*backup.Logical{r.logical}, Log: r.logical.Log, Grace: grace})
+		done <- worker.Run(ctx, worker.Options{Client: r.client, Namespace: r.temporal.Namespace, Host: "db1", Logical: []*backup.Logical{r.logical}, Log: r.logical.Log, Grace: grace})
 	}()
 	stopped := false
 	stop = func() {

@@ -45,8 +45,8 @@ func LogicalBackup(ctx workflow.Context, req LogicalBackupRequest) (res LogicalB
 	info := workflow.GetInfo(ctx)
 	started := workflow.Now(ctx).UTC().Truncate(time.Millisecond)
 	job := activities.Job{
-		Cluster: req.Cluster, ID: activities.BackupID(started, info.WorkflowExecution.RunID), Started: started, Databases: req.Databases,
-		Owner: backup.Owner{Workflow: info.WorkflowExecution.ID, Run: info.WorkflowExecution.RunID},
+		Cluster: req.Cluster, ID: activities.BackupID(started, info.OriginalRunID), Started: started, Databases: req.Databases,
+		Owner: backup.Owner{Namespace: info.Namespace, Workflow: info.WorkflowExecution.ID, Run: info.WorkflowExecution.RunID},
 	}
 	res.ID = job.ID
 	b := newBoard(ctx, "Logical backup of "+req.Cluster, job.ID)
@@ -69,7 +69,7 @@ func LogicalBackup(ctx workflow.Context, req LogicalBackupRequest) (res LogicalB
 
 	b.stage(ctx, "dump")
 	var dumped activities.DumpResult
-	err = do(ctx, long(req.Host, fmt.Sprintf("pg_dump of %d databases, %s on disk", seen.Seen.Databases, size(seen.Seen.Bytes))), host.Dump, job).Get(ctx, &dumped)
+	err = do(ctx, dump(req.Host, fmt.Sprintf("pg_dump of %d databases, %s on disk", seen.Seen.Databases, size(seen.Seen.Bytes))), host.Dump, job).Get(ctx, &dumped)
 	if err != nil {
 		return res, err
 	}

@@ -28,6 +28,7 @@ func quick(host, summary string) workflow.ActivityOptions {
 func patient(host, summary string) workflow.ActivityOptions {
 	opt := quick(host, summary)
 	opt.ScheduleToStartTimeout, opt.ScheduleToCloseTimeout = 0, 12*time.Hour
+	opt.WaitForCancellation = true // published or not: nobody says cancelled before that is known
 	return opt
 }
 
@@ -43,6 +44,14 @@ func long(host, summary string) workflow.ActivityOptions {
 		WaitForCancellation:    true, // it ends programs and leaves things in order
 		RetryPolicy:            &temporal.RetryPolicy{InitialInterval: 5 * time.Second, MaximumInterval: 5 * time.Minute},
 	}
+}
+
+// dump is long, and not repeated lightly: Temporal itself may be away for some
+// minutes, and the silence of a healthy worker meanwhile is not its death.
+func dump(host, summary string) workflow.ActivityOptions {
+	opt := long(host, summary)
+	opt.HeartbeatTimeout = 3 * time.Minute
+	return opt
 }
 
 // cleanup is for what must be tried at the end, however it came, and must not

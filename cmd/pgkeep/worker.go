@@ -71,7 +71,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 		return err
 	}
 	defer s.Close()
-	return worker.Run(ctx, worker.Options{Client: s.Client, Host: string(cfg.Host), Logical: logical, Store: st, Log: log, Grace: grace})
+	return worker.Run(ctx, worker.Options{Client: s.Client, Namespace: s.namespace, Host: string(cfg.Host), Logical: logical, Store: st, Log: log, Grace: grace})
 }
 
 // temporalAtLast connects to the server, and waits for it as long as it takes:

@@ -47,8 +47,9 @@ type Logical struct {
 // Owner says which workflow takes a backup, for the operator and for whoever
 // looks after the spool.
 type Owner struct {
-	Workflow string `json:"workflow"`
-	Run      string `json:"run"`
+	Namespace string `json:"namespace"`
+	Workflow  string `json:"workflow"`
+	Run       string `json:"run"`
 }
 
 // Seen is what Preflight found out.
@@ -414,7 +415,7 @@ func (l *Logical) Verify(ctx context.Context, id repo.ID, progress func(repo.Pro
 		}
 		return rep, nil
 	}
-	return rep, verify.TOCs(ctx, r, id, content, tools, l.Spool)
+	return rep, verify.TOCs(ctx, r, id, content, tools, l.dir(id))
 }
 
 func (l *Logical) tools(ctx context.Context) (cluster.Tools, error) {
@@ -447,7 +448,12 @@ func (l *Logical) Publish(ctx context.Context, id repo.ID, p Published) (repo.Ma
 	if err != nil {
 		return repo.Manifest{}, err
 	}
-	return m, r.WriteLatest(ctx, m)
+	if err := r.WriteLatest(ctx, m); errors.Is(err, fail.StoreDenied) { // advice: the backup is there all the same
+		l.Log.Warn("latest backup not noted for scripts", "id", id, "error", err)
+	} else if err != nil {
+		return repo.Manifest{}, err
+	}
+	return m, nil
 }
 
 func (l *Logical) publish(ctx context.Context, r *repo.Repo, id repo.ID, p Published) (repo.Manifest, error) {

@@ -277,8 +277,12 @@ func TakeLock(ctx context.Context, path string) (*os.File, error) {
 	begun := time.Now()
 	for {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
+		if err == nil && atPath(f, path) {
 			return f, nil
+		}
+		if err == nil { // whoever held it has removed the file
+			f.Close()
+			return TakeLock(ctx, path)
 		}
 		if !errors.Is(err, unix.EWOULDBLOCK) {
 			f.Close()
@@ -303,6 +307,16 @@ func TakeLock(ctx context.Context, path string) (*os.File, error) {
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
+}
+
+// atPath reports whether path still is the file that is open.
+func atPath(f *os.File, path string) bool {
+	open, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	there, err := os.Stat(path)
+	return err == nil && os.SameFile(open, there)
 }
 
 // record writes into the lock file which process group holds it.

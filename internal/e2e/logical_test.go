@@ -247,10 +247,14 @@ func TestTemporalDownDuringDump(t *testing.T) {
 	if res := r.run("backup"); res.status != 40 || !strings.Contains(res.err, "hint:") {
 		t.Errorf("backup without Temporal: status %d\n%s", res.status, res.err)
 	}
+	<-time.After(45 * time.Second) // longer than a heartbeat timeout of anything else
 	if err := r.temporal.Restart(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	res := r.finish(run)
+	if got := r.attempts(run)["Dump"]; got != 1 {
+		t.Errorf("%d attempts to dump, want 1", got)
+	}
 	if got := r.listed(); len(got) != 2 || got[1] != res.ID {
 		t.Errorf("listed %v, want %v and %s", got, first, res.ID)
 	}

@@ -90,7 +90,7 @@ type draft struct {
 }
 
 // A Manifest describes one backup. The backup exists from the moment its
-// manifest does: it is written last and removed first.
+// manifest does: it is written last. It ends with its tombstone.
 type Manifest struct {
 	Header
 	Ref
@@ -179,7 +179,13 @@ func (r *Repo) WriteIntent(ctx context.Context, in Intent, now func() time.Time)
 		return 0, err
 	}
 	key = in.dir() + "intent.json"
-	if err := putSigned(ctx, r.st, r.access, key, in); err != nil {
+	if err := putSigned(ctx, r.st, r.access, key, in); errors.Is(err, store.ErrExist) {
+		// The same run may try again with another version of this program.
+		var have Intent
+		if rerr := r.getSigned(ctx, key, "intent", &have); rerr != nil || have.Ref != in.Ref || have.Run != in.Run {
+			return 0, errors.Join(err, rerr)
+		}
+	} else if err != nil {
 		return 0, err
 	}
 	for o, err := range r.st.List(ctx, key) {
@@ -211,9 +217,22 @@ func (r *Repo) Publish(ctx context.Context, m Manifest) (Manifest, error) {
 		}
 		return Manifest{}, err
 	}
-	err = putSigned(ctx, r.st, r.access, m.dir()+"manifest.json", m)
+	key := m.dir() + "manifest.json"
+	err = putSigned(ctx, r.st, r.access, key, m)
 	if errors.Is(err, store.ErrExist) {
 		return r.Backup(ctx, m.Ref)
+	}
+	if err != nil {
+		return Manifest{}, err
+	}
+	// A deletion that came between the look above and the write has left, or
+	// will leave, nothing that the manifest speaks of.
+	_, err = r.Backup(ctx, m.Ref)
+	if err == nil {
+		_, err = r.Draft(ctx, m.Ref)
+	}
+	if errors.Is(err, store.ErrNotExist) || errors.Is(err, fail.NoBackup) {
+		return Manifest{}, errors.Join(fmt.Errorf("backup %s was deleted while it was published: %w", m.ID, fail.NoBackup), r.st.Delete(ctx, key))
 	}
 	return m, err
 }

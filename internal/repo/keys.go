@@ -243,9 +243,18 @@ func (r *Repo) openEpochs() (ids []age.Identity) {
 	return ids
 }
 
-// OpensData reports whether this host can read the content of backups, not
-// only their lists of files.
-func (r *Repo) OpensData() bool { return !r.Marker.Encrypted || len(r.opened()) > 0 }
+// OpensData reports whether this host can read the content of backups that are
+// written now, not only their lists of files.
+func (r *Repo) OpensData() bool {
+	if !r.Marker.Encrypted {
+		return true
+	}
+	if len(r.epochs) == 0 {
+		return false
+	}
+	_, err := r.epochs[len(r.epochs)-1].open(r.access.Identities)
+	return err == nil
+}
 
 // data returns whom content is encrypted to; nobody where the repository is plain.
 func (r *Repo) data() ([]age.Recipient, error) {

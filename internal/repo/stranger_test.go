@@ -172,3 +172,32 @@ func TestReadingDirectoriesIsProgress(t *testing.T) {
 		t.Errorf("Read: %d calls for %d packs, %v", before.Load(), content.Packs, err)
 	}
 }
+
+// A deletion that falls between Publish's last look and its write wins: nothing
+// is listed that lacks its packs.
+func TestDeletionWhilePublishing(t *testing.T) {
+	b := setup(t, new(store.Mem), false)
+	root, _ := tree(t)
+	deleted := false
+	racing := &fault.Store{Store: b.st, Before: func(op, key string) error {
+		if op == "put" && strings.HasSuffix(key, "/manifest.json") && !deleted {
+			deleted = true
+			if _, err := b.r.Delete(ctx, ref, now); err != nil {
+				t.Error(err)
+			}
+		}
+		return nil
+	}}
+	r, err := repo.Open(ctx, racing, b.operator)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tryBackUp(r, writing(t, root)); !errors.Is(err, fail.NoBackup) || !deleted {
+		t.Errorf("err = %v, want no-backup", err)
+	}
+	for key := range objects(t, b.st) {
+		if strings.HasPrefix(key, "clusters/") {
+			t.Errorf("left behind: %s", key)
+		}
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path"
@@ -65,7 +66,15 @@ func Details(r *repo.Repo, m repo.Manifest) (d backup.Details, err error) {
 	if m.Kind != repo.Logical {
 		return d, fmt.Errorf("backup %s is %s, not logical: %w", m.ID, m.Kind, fail.BadConfig)
 	}
-	return d, r.OpenDetails(m, &d)
+	if err := r.OpenDetails(m, &d); err != nil {
+		return d, err
+	}
+	for _, db := range d.Databases { // the signer is trusted; with our files, nobody is
+		if !fs.ValidPath(db.Dir) || !fs.ValidPath(d.Globals) {
+			return d, fmt.Errorf("details of %s name files outside of the backup: %w", m.ID, fail.Corrupt)
+		}
+	}
+	return d, nil
 }
 
 // choose finds the database that is meant.

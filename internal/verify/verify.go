@@ -10,6 +10,7 @@ import (
 	"path"
 
 	"github.com/pgkeep/pgkeep/internal/cluster"
+	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/repo"
 )
 
@@ -64,6 +65,9 @@ func TOCs(ctx context.Context, r *repo.Repo, id repo.ID, c repo.Content, tools c
 	}})
 	if err != nil {
 		return fmt.Errorf("read tables of contents: %w", err)
+	}
+	if len(found) == 0 {
+		return fmt.Errorf("backup %s has no table of contents: %w", id, fail.Corrupt)
 	}
 	for _, d := range found {
 		if _, err := cluster.ListTOC(ctx, tools, path.Join(dir, d)); err != nil {
