@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -320,7 +321,12 @@ func TestUploadContinues(t *testing.T) {
 		stored[key] = true
 	}
 	var last repo.Progress
-	w.Readers, w.Progress = 1, func(p repo.Progress) { last = p }
+	var mu sync.Mutex
+	w.Readers, w.Progress = 1, func(p repo.Progress) {
+		mu.Lock()
+		defer mu.Unlock()
+		last = repo.Progress{Read: max(last.Read, p.Read), Total: p.Total, Kept: max(last.Kept, p.Kept), Sent: max(last.Sent, p.Sent)}
+	}
 	m, err := tryBackUp(b.r, w)
 	if err != nil {
 		t.Fatal(err)
