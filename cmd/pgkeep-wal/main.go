@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -21,7 +22,6 @@ import (
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/open"
-	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/wal"
 )
 
@@ -186,8 +186,8 @@ func (c call) do(ctx context.Context, environ []string) error {
 	if err != nil {
 		return err
 	}
-	var r *repo.Repo
-	if r, err = open.Repository(ctx, cfg, version); err != nil {
+	r, err := open.Repository(ctx, cfg, cmp.Or(version, "unknown"))
+	if err != nil {
 		return err
 	}
 	if c.push {

@@ -410,7 +410,7 @@ func TestArchive(t *testing.T) {
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
-			<-time.After(300 * time.Millisecond) // until it waits for S3; a signal before main is another story
+			connected(t, cmd.Process.Pid)
 			start := time.Now()
 			cmd.Process.Signal(syscall.SIGTERM)
 			cmd.Wait()
@@ -424,6 +424,22 @@ func TestArchive(t *testing.T) {
 			t.Errorf("the deadline of 1s took %v", took)
 		}
 	})
+}
+
+// connected waits until a process has a socket.
+func connected(t *testing.T, pid int) {
+	t.Helper()
+	deadline := time.Now().Add(10 * time.Second)
+	for time.Now().Before(deadline) {
+		fds, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+		for _, fd := range fds {
+			if to, err := os.Readlink(fd); err == nil && strings.HasPrefix(to, "socket:") {
+				return
+			}
+		}
+		<-time.After(5 * time.Millisecond)
+	}
+	t.Fatal("it does not connect to anything")
 }
 
 func read(t *testing.T, path string) []byte {

@@ -2,6 +2,7 @@ package pg_test
 
 import (
 	"encoding/binary"
+	"math"
 	"strings"
 	"testing"
 
@@ -160,9 +161,20 @@ func FuzzPageHeader(f *testing.F) {
 }
 
 func FuzzControl(f *testing.F) {
-	f.Add(make([]byte, 8192))
+	b := make([]byte, 8192)
+	le := binary.LittleEndian
+	le.PutUint64(b, 7_300_000_000_000_000_001)
+	le.PutUint32(b[8:], 1300)
+	le.PutUint32(b[48:], 3)
+	le.PutUint64(b[208:], math.Float64bits(1234567))
+	le.PutUint32(b[228:], 16<<20)
+	want := pg.ControlFile{System: 7_300_000_000_000_000_001, Timeline: 3, SegmentSize: 16 << 20}
+	if c, err := pg.ParseControl(b); err != nil || c != want {
+		f.Fatalf("%+v, %v", c, err)
+	}
+	f.Add(b)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if c, err := pg.ParseControl(b); err == nil && (c.System == 0 || c.Timeline == 0) {
+		if c, err := pg.ParseControl(b); err == nil && (c.System == 0 || c.Timeline == 0 || !c.SegmentSize.Valid()) {
 			t.Fatalf("%+v", c)
 		}
 	})

@@ -75,7 +75,11 @@ func Push(ctx context.Context, r *repo.Repo, cluster string, s Server, path stri
 		return fmt.Errorf("push %v: %w", n, err)
 	}
 	if err := check(n, s, content); err != nil {
-		return fmt.Errorf("push %v: %w", n, err)
+		err = fmt.Errorf("push %v: %w", n, err)
+		if errors.Is(err, fail.Corrupt) {
+			err = fail.Hint(err, "the file in the data directory is not what its name says, and nothing was sent; is the disk sound?")
+		}
+		return err
 	}
 	return r.PutWAL(ctx, s.archive(cluster), n, content)
 }
