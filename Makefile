@@ -48,7 +48,7 @@ bench: setup ## throughput and memory of an upload, against zstd -1 -T0
 	go run ./internal/bench
 
 build: ## static programs in bin/
-	go build -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/pgkeep
+	go build -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/pgkeep ./cmd/pgkeep-wal
 	go -C $(SERVER) build -ldflags '-s -w -X main.version=$(VERSION)' -o ../../bin/pgkeep-server .
 
 clean: ## remove what the others made

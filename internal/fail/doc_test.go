@@ -29,6 +29,19 @@ status is above 125, which PostgreSQL would take for a crash.
 | --- | --: | --- | --- | --- |
 `
 
+const restoreStatuses = `
+## pgkeep-wal fetch
+
+PostgreSQL takes every status of its restore_command from 1 to 125 for the end
+of the log, and opens for writing with what it has. So here 0 means that the
+file was delivered and verified, and 1 that it is proved that there is none.
+Everything else is 200 and the status above, at most 239: PostgreSQL stops.
+A store that is down is 220, a damaged object 214.
+
+pgkeep-wal push ends with the statuses above. It has to: those over 125 end
+PostgreSQL's archiver, and its statistics do not count them.
+`
+
 func TestErrorsPage(t *testing.T) {
 	var b strings.Builder
 	b.WriteString(intro)
@@ -42,6 +55,7 @@ func TestErrorsPage(t *testing.T) {
 		}
 		fmt.Fprintf(&b, "| %s | %d | %s | %s | %s |\n", name, k.ExitStatus(), retry, k.Meaning(), fail.HintOf(k))
 	}
+	b.WriteString(restoreStatuses)
 	if *update {
 		if err := os.WriteFile(page, []byte(b.String()), 0o644); err != nil {
 			t.Fatal(err)

@@ -21,6 +21,7 @@ const (
 	BadConfig Kind = "bad-config"
 
 	WrongSystem Kind = "wrong-system" // the repository belongs to another cluster
+	WALConflict Kind = "wal-conflict" // another file of that name is archived
 	NoBackup    Kind = "no-backup"
 	Corrupt     Kind = "corrupt"
 	Untrusted   Kind = "untrusted"   // not signed, or by a key that is not pinned
@@ -58,6 +59,7 @@ var kinds = map[Kind]row{
 	Unknown:        {exit: 1, retry: true, means: "an error that fits no other line; its text is all there is"},
 	BadConfig:      {exit: 2, means: "the configuration, a flag or an argument is wrong", hint: "see pgkeep --help, and pgkeep config show for the settings in force"},
 	WrongSystem:    {exit: 10, means: "the repository belongs to another PostgreSQL cluster than the one at hand", hint: "is this the repository of another cluster, or was initdb run again? Give the new cluster its own name"},
+	WALConflict:    {exit: 11, means: "the archive holds another file under the name of this one", hint: "two servers archive as one cluster: give one of them another cluster name. Nothing was replaced"},
 	NoBackup:       {exit: 13, means: "there is no such backup, or none that serves the request", hint: "pgkeep list shows what there is"},
 	Corrupt:        {exit: 14, means: "what is stored is not what was written: a digest differs, or something is missing", hint: "run pgkeep verify to see what else is damaged, and restore from another backup"},
 	Untrusted:      {exit: 15, means: "a manifest is not signed, or its signer is not pinned here", hint: "if you know that signer, pin it under keys.trusted_signers; if not, somebody else wrote this"},

@@ -2,7 +2,10 @@ package repo
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/json"
 	"errors"
+	"io"
 	"testing"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
@@ -106,6 +109,34 @@ func FuzzTail(f *testing.F) {
 	f.Fuzz(func(t *testing.T, tail []byte, size int64) {
 		if foot, p, err := r.decodeTail(tail, size, nil); err == nil && (foot == nil || p.Data > size) {
 			t.Errorf("pack %+v", p)
+		}
+	})
+}
+
+func FuzzWALHeader(f *testing.F) {
+	signer, err := seal.NewSigner()
+	if err != nil {
+		f.Fatal(err)
+	}
+	r := &Repo{access: Access{Signer: signer}}
+	sign := func(line []byte) []byte {
+		doc, err := signer.Sign(json.RawMessage(line))
+		if err != nil {
+			return line
+		}
+		return append(encodeSkip(int64(len(doc))), doc...)
+	}
+	f.Add([]byte(`{"pgkeep":"wal","format":1,"cluster":"main","system_id":"7","name":"n","size":1,"sha256":"AA=="}`), true)
+	f.Add([]byte("\x50\x2a\x4d\x18\xff\xff\xff\xff"), false)
+	f.Fuzz(func(t *testing.T, b []byte, signed bool) {
+		if signed {
+			b = sign(b) // else little gets past the signature
+		}
+		o := &walObject{ReadCloser: io.NopCloser(bytes.NewReader(b)), sum: sha256.New()}
+		if _, err := r.readWALHeader(o); err != nil {
+			if err = o.why(err); !errors.Is(err, fail.Corrupt) && !errors.Is(err, fail.Unsupported) {
+				t.Errorf("err = %v: of no kind", err)
+			}
 		}
 	})
 }

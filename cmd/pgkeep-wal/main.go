@@ -1,0 +1,210 @@
+// Command pgkeep-wal is PostgreSQL's archive_command and restore_command. It
+// needs its configuration and the repository, and nothing else that runs.
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/config"
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/open"
+	"github.com/pgkeep/pgkeep/internal/wal"
+)
+
+// version is set by the linker: -X main.version=v1.2.3.
+var version string
+
+const usage = `pgkeep-wal keeps PostgreSQL's write-ahead log in the repository of pgkeep.
+
+  archive_command = 'pgkeep-wal push %p'
+  restore_command = 'pgkeep-wal fetch %f %p'
+
+Options, after push or fetch:
+  --config FILE     configuration, in place of ` + config.DefaultFile + `
+  --cluster NAME    one of the clusters in it, if there are several
+  --pgdata DIR      data directory; PostgreSQL runs the commands there
+  --timeout TIME    give up after that long (60s)
+
+Exit statuses: https://github.com/pgkeep/pgkeep/blob/main/docs/ERRORS.md
+`
+
+func main() {
+	if !isPush(os.Args) {
+		// A crash must not end with status 2, which says "end of the log": it
+		// dies by a signal, and PostgreSQL stops.
+		debug.SetTraceback("crash")
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGHUP)
+	defer stop()
+	os.Exit(run(ctx, os.Args, os.Environ(), os.Stdout, os.Stderr))
+}
+
+func isPush(args []string) bool { return len(args) > 1 && args[1] == "push" }
+
+// run is main with the process taken out: what it returns is the exit status.
+// It returns soon after ctx has ended, whatever still hangs.
+func run(ctx context.Context, args, environ []string, out, errw io.Writer) int {
+	c, err := parse(args, out)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return 0
+	case err == nil:
+		err = c.bounded(ctx, environ)
+	}
+	if err == nil {
+		return 0
+	}
+	if !errors.Is(err, wal.ErrAbsent) {
+		line := "pgkeep-wal: " + strings.ReplaceAll(err.Error(), "\n", "; ")
+		if hint := fail.HintOf(err); hint != "" {
+			line += " (hint: " + hint + ")"
+		}
+		fmt.Fprintln(errw, line)
+	}
+	if isPush(args) {
+		return fail.KindOf(err).ExitStatus()
+	}
+	return fetchStatus(err)
+}
+
+// fetchStatus is never one that PostgreSQL takes for the end of the log, unless
+// that is what is proved: restore_command in PostgreSQL's documentation, and
+// RestoreArchivedFile in access/transam/xlogarchive.c.
+func fetchStatus(err error) int {
+	if errors.Is(err, wal.ErrAbsent) {
+		return 1
+	}
+	return min(200+fail.KindOf(err).ExitStatus(), 239)
+}
+
+// A call is a command line taken apart.
+type call struct {
+	push                  bool
+	name, path            string // name is "" for push
+	file, cluster, pgdata string
+	timeout               time.Duration
+}
+
+func parse(args []string, out io.Writer) (c call, err error) {
+	if len(args) < 2 || args[1] != "push" && args[1] != "fetch" {
+		if len(args) == 2 && slices.Contains([]string{"help", "--help", "-h"}, args[1]) {
+			io.WriteString(out, usage)
+			return c, flag.ErrHelp
+		}
+		return c, config.Errorf("want push %%p or fetch %%f %%p; see pgkeep-wal --help")
+	}
+	c.push = args[1] == "push"
+	f := flag.NewFlagSet(args[1], flag.ContinueOnError)
+	f.SetOutput(io.Discard)
+	f.StringVar(&c.file, "config", "", "")
+	f.StringVar(&c.cluster, "cluster", "", "")
+	f.StringVar(&c.pgdata, "pgdata", ".", "")
+	f.DurationVar(&c.timeout, "timeout", time.Minute, "")
+	if err := f.Parse(args[2:]); errors.Is(err, flag.ErrHelp) {
+		io.WriteString(out, usage)
+		return c, err
+	} else if err != nil {
+		return c, config.Errorf("%s: %w", args[1], err)
+	}
+	switch {
+	case c.push && f.NArg() == 1:
+		c.path = f.Arg(0)
+	case !c.push && f.NArg() == 2:
+		c.name, c.path = f.Arg(0), f.Arg(1)
+	default:
+		return c, config.Errorf("%s: %d arguments; want push %%p or fetch %%f %%p", args[1], f.NArg())
+	}
+	if !filepath.IsAbs(c.path) {
+		c.path = filepath.Join(c.pgdata, c.path)
+	}
+	if c.timeout <= 0 {
+		return c, config.Errorf("--timeout %v: must be more than nothing", c.timeout)
+	}
+	return c, nil
+}
+
+// grace is how long the work may take to notice that its context has ended. Only
+// a disk that hangs takes longer, and then the process ends all the same.
+const grace = time.Second
+
+// bounded does the work under one deadline.
+func (c call) bounded(ctx context.Context, environ []string) error {
+	stopped := ctx
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- c.do(ctx, environ) }()
+	var err error
+	select {
+	case err = <-done:
+	case <-ctx.Done():
+		select {
+		case err = <-done:
+		case <-time.After(grace):
+			err = fmt.Errorf("a file here does not answer: %w", ctx.Err())
+		}
+	}
+	switch {
+	case err == nil || errors.Is(err, wal.ErrAbsent):
+		return err
+	case stopped.Err() != nil:
+		return fail.With(fail.Cancelled, errors.New("stopped by a signal"))
+	case ctx.Err() != nil:
+		return fmt.Errorf("not done within %v: %w", c.timeout, err)
+	}
+	return err
+}
+
+func (c call) do(ctx context.Context, environ []string) error {
+	hostname, err := os.Hostname()
+	if err != nil {
+		return fmt.Errorf("name of this host: %w", err)
+	}
+	cfg, err := config.Load(config.Options{File: c.file, Environ: environ, Hostname: hostname})
+	if err != nil {
+		return err
+	}
+	name, err := clusterOf(cfg, c.cluster)
+	if err != nil {
+		return err
+	}
+	server, err := wal.ReadServer(c.pgdata)
+	if err != nil {
+		return err
+	}
+	r, err := open.Repository(ctx, cfg, cmp.Or(version, "unknown"))
+	if err != nil {
+		return err
+	}
+	if c.push {
+		return wal.Push(ctx, r, name, server, c.path)
+	}
+	return wal.Fetch(ctx, r, name, server, c.name, c.path)
+}
+
+// clusterOf returns the cluster that is meant: the one named, or the only one.
+func clusterOf(cfg *config.Config, name string) (string, error) {
+	if name != "" {
+		_, err := cfg.Cluster(name)
+		return name, err
+	}
+	names := slices.Sorted(maps.Keys(cfg.Clusters))
+	if len(names) != 1 {
+		return "", config.Errorf("%d clusters in the configuration: name one with --cluster", len(names))
+	}
+	return string(names[0]), nil
+}

@@ -1,0 +1,179 @@
+package repo_test
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"testing"
+
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/seal"
+	"github.com/pgkeep/pgkeep/internal/store"
+)
+
+const walKey = "clusters/main/wal/7300000000000000001-15/00000001/000000010000000000000042.zst"
+
+var archive = repo.Archive{Cluster: "main", System: 7_300_000_000_000_000_001, Major: 15}
+
+func segment(t *testing.T) (pg.WALName, []byte) {
+	t.Helper()
+	n, err := pg.ParseWALName("000000010000000000000042")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rnd := rand.New(rand.NewPCG(1, 2))
+	content := make([]byte, 1<<20) // the second half is zeros
+	for i := range content[:1<<19] {
+		content[i] = byte(rnd.Uint32())
+	}
+	return n, content
+}
+
+func object(t *testing.T, st store.Store, key string) []byte {
+	t.Helper()
+	rc, err := st.Get(ctx, key, store.Range{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rc.Close()
+	b, err := io.ReadAll(rc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestWALComesBackAndIsNeverReplaced(t *testing.T) {
+	for _, encrypted := range []bool{false, true} {
+		b := setup(t, new(store.Mem), encrypted)
+		host := b.open(t, b.host)
+		n, content := segment(t)
+		if err := host.PutWAL(ctx, archive, n, content); err != nil {
+			t.Fatal(err)
+		}
+		stored := object(t, b.st, walKey)
+		if err := host.PutWAL(ctx, archive, n, content); err != nil {
+			t.Errorf("the same again, by a host that holds no key to the data: %v", err)
+		}
+		other := bytes.Clone(content)
+		other[77]++
+		if err := host.PutWAL(ctx, archive, n, other); !errors.Is(err, fail.WALConflict) {
+			t.Errorf("other content: %v, want %v", err, fail.WALConflict)
+		}
+		if !bytes.Equal(stored, object(t, b.st, walKey)) {
+			t.Error("the object was replaced")
+		}
+		var got bytes.Buffer
+		if err := b.r.ReadWAL(ctx, archive, n, &got); err != nil || !bytes.Equal(got.Bytes(), content) {
+			t.Errorf("read %d bytes, %v", got.Len(), err)
+		}
+		if err := host.ReadWAL(ctx, archive, n, io.Discard); encrypted && !errors.Is(err, fail.NoKey) {
+			t.Errorf("a host without a key reads: %v", err)
+		}
+		var listed []pg.WALName
+		for n, err := range host.ListWAL(ctx, archive, 1) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			listed = append(listed, n)
+		}
+		if len(listed) != 1 || listed[0] != n {
+			t.Errorf("listed %v", listed)
+		}
+		if !encrypted {
+			dec, err := zstd.NewReader(bytes.NewReader(stored)) // knows nothing of pgkeep
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer dec.Close()
+			if plain, err := io.ReadAll(dec); err != nil || !bytes.Equal(plain, content) {
+				t.Errorf("zstd reads %d bytes, %v", len(plain), err)
+			}
+		}
+	}
+}
+
+// Whatever happens to an object, what it yields is never taken for the file, and
+// a host that would archive the file again is not told that it is there.
+func TestDamagedWALIsNeverDelivered(t *testing.T) {
+	for _, encrypted := range []bool{false, true} {
+		b := setup(t, new(store.Mem), encrypted)
+		n, content := segment(t)
+		if err := b.r.PutWAL(ctx, archive, n, content); err != nil {
+			t.Fatal(err)
+		}
+		sound := object(t, b.st, walKey)
+		rnd := rand.New(rand.NewPCG(3, 4))
+		damaged := [][]byte{nil, sound[:5], sound[:9], sound[:len(sound)-1], append(bytes.Clone(sound), 0)}
+		for range 60 {
+			d := bytes.Clone(sound)
+			d[rnd.IntN(len(d))] ^= 1 << rnd.IntN(8)
+			head := bytes.Clone(sound)
+			head[rnd.IntN(1000)] ^= 1 << rnd.IntN(8)
+			damaged = append(damaged, d, head, sound[:rnd.IntN(len(sound))])
+		}
+		for i, d := range damaged {
+			if err := b.st.Put(ctx, walKey, bytes.NewReader(d), store.PutOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			if err := b.r.ReadWAL(ctx, archive, n, io.Discard); !errors.Is(err, fail.Corrupt) {
+				t.Errorf("damage %d: read: %v, want %v", i, err, fail.Corrupt)
+			}
+			if err := b.r.PutWAL(ctx, archive, n, content); !errors.Is(err, fail.Corrupt) {
+				t.Errorf("damage %d: archived again: %v, want %v", i, err, fail.Corrupt)
+			}
+		}
+	}
+}
+
+func TestWALOfAnotherPlaceIsRefused(t *testing.T) {
+	b := setup(t, new(store.Mem), true)
+	n, content := segment(t)
+	if err := b.r.PutWAL(ctx, archive, n, content); err != nil {
+		t.Fatal(err)
+	}
+	stored := object(t, b.st, walKey)
+	next, err := n.Next(1 << 20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	system, cluster := archive, archive
+	system.System++
+	cluster.Cluster = "other"
+	for key, tt := range map[string]struct {
+		a    repo.Archive
+		n    pg.WALName
+		want fail.Kind
+	}{
+		"clusters/main/wal/7300000000000000001-15/00000001/000000010000000000000043.zst":  {archive, next, fail.Corrupt},
+		"clusters/main/wal/7300000000000000002-15/00000001/000000010000000000000042.zst":  {system, n, fail.WrongSystem},
+		"clusters/other/wal/7300000000000000001-15/00000001/000000010000000000000042.zst": {cluster, n, fail.WrongSystem},
+	} {
+		if err := b.st.Put(ctx, key, bytes.NewReader(stored), store.PutOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.r.ReadWAL(ctx, tt.a, tt.n, io.Discard); !errors.Is(err, tt.want) {
+			t.Errorf("%s: %v, want %v", key, err, tt.want)
+		}
+	}
+	stranger := b.operator
+	if stranger.Signer, err = seal.NewSigner(); err != nil {
+		t.Fatal(err)
+	}
+	stranger.Trusted = []seal.PublicKey{b.operator.Signer.Public()}
+	if err := b.open(t, stranger).PutWAL(ctx, archive, next, content); !errors.Is(err, fail.Corrupt) { // 43 holds 42's
+		t.Errorf("archived over a misplaced object: %v", err)
+	}
+	next, _ = next.Next(1 << 20)
+	if err := b.open(t, stranger).PutWAL(ctx, archive, next, content); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.r.ReadWAL(ctx, archive, next, io.Discard); !errors.Is(err, fail.Untrusted) {
+		t.Errorf("signed by a stranger: %v, want %v", err, fail.Untrusted)
+	}
+}
