@@ -171,7 +171,11 @@ func (l Logical) Run(ctx context.Context, p Plan) error {
 	fetching := func(pr repo.Progress) { l.progress(Fetching, pr.Read, pr.Total) }
 	return l.unpack(ctx, func(name string) bool { return strings.HasPrefix(name, p.Database.Dir+"/") }, fetching, func(dir string) error {
 		if p.Create {
-			if err := l.Target.CreateDatabase(ctx, p.To, p.Database.Like); err != nil {
+			like := p.Database.Like
+			if l.NoOwner {
+				like.Owner = ""
+			}
+			if err := l.Target.CreateDatabase(ctx, p.To, like); err != nil {
 				return err
 			}
 		}
