@@ -346,6 +346,15 @@ func TestUploadContinues(t *testing.T) {
 			packs++
 		}
 	}
+	var before int64
+	for key := range stored {
+		if strings.Contains(key, "/packs/") {
+			before += int64(len(objects(t, b.st)[key]))
+		}
+	}
+	if before == 0 || before+last.Sent != m.Stored { // not a byte twice, and none too few
+		t.Errorf("%d bytes stored before, %d sent, %d in the backup", before, last.Sent, m.Stored)
+	}
 	if m.Packs != packs { // one that is not part of the backup was sent in vain
 		t.Errorf("%d packs in the backup, %d in the bucket, %d objects before", m.Packs, packs, len(stored))
 	}
