@@ -244,7 +244,7 @@ func TestDumpReportsThatItMoves(t *testing.T) {
 	var calls []int64
 	err := c.Dump(t.Context(), cluster.DumpOptions{
 		Tools: tools(t, c), Database: "postgres", Dir: dir, Jobs: 2,
-		StallAfter: time.Second, Progress: func(n int64) { calls = append(calls, n) },
+		StallAfter: 500 * time.Millisecond, Progress: func(n int64) { calls = append(calls, n) },
 	})
 	if err != nil {
 		t.Fatal(err)

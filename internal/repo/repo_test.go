@@ -320,6 +320,10 @@ func TestUploadContinues(t *testing.T) {
 	for key := range objects(t, b.st) {
 		stored[key] = true
 	}
+	have, err := b.r.PriorBytes(ctx, ref)
+	if err != nil {
+		t.Fatal(err)
+	}
 	var last repo.Progress
 	var mu sync.Mutex
 	w.Readers, w.Progress = 1, func(p repo.Progress) {
@@ -331,8 +335,8 @@ func TestUploadContinues(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if last.Kept == 0 {
-		t.Error("nothing was kept")
+	if last.Kept == 0 || last.Kept != have {
+		t.Errorf("kept %d bytes, %d were there", last.Kept, have)
 	}
 	if last.Read != last.Total {
 		t.Errorf("read %d of %d bytes", last.Read, last.Total)
