@@ -65,13 +65,13 @@ func (s *Store) Get(ctx context.Context, key string, part store.Range) (io.ReadC
 }
 
 // List implements store.Store. The call is the beginning of the loop.
-func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[store.Object, error] {
+func (s *Store) List(ctx context.Context, prefix, after string) iter.Seq2[store.Object, error] {
 	return func(yield func(store.Object, error) bool) {
 		if err := s.call("list", prefix, func() error { return nil }); err != nil {
 			yield(store.Object{}, err)
 			return
 		}
-		s.Store.List(ctx, prefix)(yield)
+		s.Store.List(ctx, prefix, after)(yield)
 	}
 }
 

@@ -188,7 +188,7 @@ func (r *Repo) WriteIntent(ctx context.Context, in Intent, now func() time.Time)
 	} else if err != nil {
 		return 0, err
 	}
-	for o, err := range r.st.List(ctx, key) {
+	for o, err := range r.st.List(ctx, key, "") {
 		if err != nil {
 			return 0, wrap("list", key, err)
 		}
@@ -289,7 +289,7 @@ type Listed struct {
 func (r *Repo) Backups(ctx context.Context, cluster string) ([]Listed, error) {
 	prefix := clusterPrefix(cluster) + "backups/"
 	found := make(map[ID][]string)
-	for o, err := range r.st.List(ctx, prefix) {
+	for o, err := range r.st.List(ctx, prefix, "") {
 		if err != nil {
 			return nil, wrap("list", prefix, err)
 		}
@@ -342,7 +342,7 @@ type name struct {
 // Clusters lists the clusters of which a backup was ever begun here.
 func (r *Repo) Clusters(ctx context.Context) ([]string, error) {
 	var names []string
-	for o, err := range r.st.List(ctx, "names/") {
+	for o, err := range r.st.List(ctx, "names/", "") {
 		if err != nil {
 			return nil, wrap("list", "names/", err)
 		}

@@ -88,7 +88,7 @@ func (r *Repo) Delete(ctx context.Context, b Ref, now time.Time) (objects int, e
 // objects lists the keys of all that a backup wrote: its packs, and the rest.
 func (r *Repo) objects(ctx context.Context, b Ref) (packs, rest []string, err error) {
 	for _, prefix := range []string{b.packs(), b.dir()} {
-		for o, err := range r.st.List(ctx, prefix) {
+		for o, err := range r.st.List(ctx, prefix, "") {
 			if err != nil {
 				return nil, nil, wrap("list", prefix, err)
 			}

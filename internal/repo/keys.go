@@ -55,7 +55,7 @@ func (r *Repo) Epochs() []Epoch { return r.epochs }
 // give the data away.
 func (r *Repo) loadEpochs(ctx context.Context) ([]Epoch, error) {
 	var epochs []Epoch
-	for o, err := range r.st.List(ctx, "keys/") {
+	for o, err := range r.st.List(ctx, "keys/", "") {
 		if err != nil {
 			return nil, wrap("list", "keys/", err)
 		}

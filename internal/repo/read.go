@@ -540,7 +540,7 @@ func (r *Repo) CheckDocuments(ctx context.Context, m Manifest) ([]Damage, error)
 	}
 	for _, k := range keys {
 		found := false
-		for o, err := range r.st.List(ctx, k.prefix) {
+		for o, err := range r.st.List(ctx, k.prefix, "") {
 			if err != nil {
 				return nil, wrap("list", k.prefix, err)
 			}

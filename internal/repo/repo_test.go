@@ -222,7 +222,7 @@ func grep(t *testing.T, st store.Store, words ...string) string {
 func objects(t *testing.T, st store.Store) map[string][]byte {
 	t.Helper()
 	all := make(map[string][]byte)
-	for o, err := range st.List(ctx, "") {
+	for o, err := range st.List(ctx, "", "") {
 		if err != nil {
 			t.Fatal(err)
 		}

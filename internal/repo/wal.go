@@ -269,14 +269,19 @@ func (o *walObject) why(err error) error {
 }
 
 // ListWAL yields the files of one timeline of an archive, in the order of their
-// names; timeline 0 means all, timeline by timeline.
-func (r *Repo) ListWAL(ctx context.Context, a Archive, t pg.Timeline) iter.Seq2[pg.WALName, error] {
+// names; timeline 0 means all, timeline by timeline. Of after and what sorts
+// before it, nothing is listed; the zero name means from the beginning.
+func (r *Repo) ListWAL(ctx context.Context, a Archive, t pg.Timeline, after pg.WALName) iter.Seq2[pg.WALName, error] {
 	prefix := a.dir()
 	if t != 0 {
 		prefix = a.timeline(t)
 	}
+	last := ""
+	if after != (pg.WALName{}) {
+		last = a.key(after)
+	}
 	return func(yield func(pg.WALName, error) bool) {
-		for o, err := range r.st.List(ctx, prefix) {
+		for o, err := range r.st.List(ctx, prefix, last) {
 			if err != nil {
 				yield(pg.WALName{}, wrap("list", prefix, err))
 				return

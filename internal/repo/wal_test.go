@@ -76,7 +76,7 @@ func TestWALComesBackAndIsNeverReplaced(t *testing.T) {
 			t.Errorf("a host without a key reads: %v", err)
 		}
 		var listed []pg.WALName
-		for n, err := range host.ListWAL(ctx, archive, 1) {
+		for n, err := range host.ListWAL(ctx, archive, 1, pg.WALName{}) {
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -475,7 +475,7 @@ type winner struct {
 func (r *Repo) findPrior(ctx context.Context, b Ref, moved func()) (*prior, error) {
 	p := &prior{frames: make(map[string][]priorFrame)}
 	var objects []store.Object
-	for o, err := range r.st.List(ctx, b.packs()) {
+	for o, err := range r.st.List(ctx, b.packs(), "") {
 		if err != nil {
 			return nil, wrap("list", b.packs(), err)
 		}

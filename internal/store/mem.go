@@ -71,13 +71,13 @@ func (m *Mem) Get(ctx context.Context, key string, part Range) (io.ReadCloser, e
 }
 
 // List implements Store. It yields what was there when the loop began.
-func (m *Mem) List(ctx context.Context, prefix string) iter.Seq2[Object, error] {
+func (m *Mem) List(ctx context.Context, prefix, after string) iter.Seq2[Object, error] {
 	return func(yield func(Object, error) bool) {
 		m.mu.Lock()
 		objects := maps.Clone(m.objects)
 		m.mu.Unlock()
 		for _, key := range slices.Sorted(maps.Keys(objects)) {
-			if !strings.HasPrefix(key, prefix) {
+			if !strings.HasPrefix(key, prefix) || key <= after {
 				continue
 			}
 			if err := ctx.Err(); err != nil {

@@ -78,7 +78,7 @@ func Probe(ctx context.Context, st Store, prefix string) (err error) {
 // listed compares what st lists under prefix with keys.
 func listed(ctx context.Context, st Store, prefix string, keys ...string) error {
 	var got []string
-	for o, err := range st.List(ctx, prefix) {
+	for o, err := range st.List(ctx, prefix, "") {
 		if err != nil {
 			return fmt.Errorf("probe: %w", err)
 		}

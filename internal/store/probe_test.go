@@ -39,10 +39,10 @@ func (l *lax) Get(ctx context.Context, key string, part store.Range) (io.ReadClo
 	return l.Store.Get(ctx, key, part)
 }
 
-func (l *lax) List(ctx context.Context, prefix string) iter.Seq2[store.Object, error] {
+func (l *lax) List(ctx context.Context, prefix, after string) iter.Seq2[store.Object, error] {
 	return func(yield func(store.Object, error) bool) {
 		var all []store.Object
-		for o, err := range l.Store.List(ctx, prefix) {
+		for o, err := range l.Store.List(ctx, prefix, after) {
 			if err != nil {
 				yield(o, err)
 				return
@@ -114,7 +114,7 @@ func TestProbeSurvivesEveryFailure(t *testing.T) {
 
 func wantEmpty(t *testing.T, st store.Store, after string) {
 	t.Helper()
-	for o, err := range st.List(t.Context(), "") {
+	for o, err := range st.List(t.Context(), "", "") {
 		t.Errorf("after %s: left %s (%v)", after, o.Key, err)
 	}
 }

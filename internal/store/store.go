@@ -44,9 +44,9 @@ type Store interface {
 	// part does. The context covers the reading too. The caller closes the reader.
 	Get(ctx context.Context, key string, part Range) (io.ReadCloser, error)
 
-	// List yields the objects whose keys begin with prefix, in key order.
-	// After an error it yields nothing more.
-	List(ctx context.Context, prefix string) iter.Seq2[Object, error]
+	// List yields the objects whose keys begin with prefix and sort behind
+	// after ("": all of them), in key order. After an error it yields nothing more.
+	List(ctx context.Context, prefix, after string) iter.Seq2[Object, error]
 
 	// Delete removes objects. A key that is already gone is not an error.
 	// After an error some may be removed.

@@ -39,6 +39,7 @@ func Run(t *testing.T, open func(t *testing.T) store.Store) {
 		{"a part beyond the end is an unexpected EOF", beyond},
 		{"list is in key order", listOrder},
 		{"list yields all of many objects", listMany},
+		{"list begins behind a key", listAfter},
 		{"list stops when told", listBreak},
 		{"list describes objects", listFacts},
 		{"list of nothing is empty", listNothing},
@@ -274,10 +275,36 @@ func listMany(t *testing.T, s store.Store) {
 	wantList(t, s, "", "many-others", "zzz")
 }
 
+func listAfter(t *testing.T, s store.Store) {
+	for _, key := range []string{"p/a", "p/b", "p/b.x", "p/c/d", "q"} {
+		put(t, s, key, "")
+	}
+	for after, want := range map[string][]string{
+		"":      {"p/a", "p/b", "p/b.x", "p/c/d"},
+		"o":     {"p/a", "p/b", "p/b.x", "p/c/d"},
+		"p/a":   {"p/b", "p/b.x", "p/c/d"},
+		"p/b":   {"p/b.x", "p/c/d"},
+		"p/c":   {"p/c/d"},
+		"p/c/d": nil,
+		"q":     nil,
+	} {
+		var got []string
+		for o, err := range s.List(t.Context(), "p/", after) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, o.Key)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("after %q: %q, want %q", after, got, want)
+		}
+	}
+}
+
 func listBreak(t *testing.T, s store.Store) {
 	put(t, s, "a", "")
 	put(t, s, "b", "")
-	for o, err := range s.List(t.Context(), "") {
+	for o, err := range s.List(t.Context(), "", "") {
 		if err != nil || o.Key != "a" {
 			t.Errorf("first is %q, %v", o.Key, err)
 		}
@@ -287,7 +314,7 @@ func listBreak(t *testing.T, s store.Store) {
 
 func listFacts(t *testing.T, s store.Store) {
 	put(t, s, "k", "12345")
-	for o, err := range s.List(t.Context(), "k") {
+	for o, err := range s.List(t.Context(), "k", "") {
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -377,7 +404,7 @@ func cancelled(t *testing.T, s store.Store) {
 		t.Errorf("get: err = %v, want %v", err, context.Canceled)
 	}
 	n := 0
-	for _, err := range s.List(ctx, "") {
+	for _, err := range s.List(ctx, "", "") {
 		if n++; !errors.Is(err, context.Canceled) {
 			t.Errorf("list: err = %v, want %v", err, context.Canceled)
 		}
@@ -468,7 +495,7 @@ func wantNone(t *testing.T, s store.Store, key string) {
 func wantList(t *testing.T, s store.Store, prefix string, want ...string) {
 	t.Helper()
 	var got []string
-	for o, err := range s.List(t.Context(), prefix) {
+	for o, err := range s.List(t.Context(), prefix, "") {
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -88,7 +88,7 @@ func absent(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName, s S
 			"bring the missing file back if a server or a copy of the bucket still has it; PostgreSQL must not open with fewer rows")
 	}
 	var last pg.WALName // of those that show that the segment was complete
-	for f, err := range r.ListWAL(ctx, a, n.Timeline) {
+	for f, err := range r.ListWAL(ctx, a, n.Timeline, n) {
 		if err != nil {
 			return err
 		}
@@ -113,7 +113,7 @@ func absent(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName, s S
 // known fails when the archive holds nothing at all of this server: it is
 // another's, or the configuration names another cluster.
 func known(ctx context.Context, r *repo.Repo, a repo.Archive) error {
-	for _, err := range r.ListWAL(ctx, a, 0) {
+	for _, err := range r.ListWAL(ctx, a, 0, pg.WALName{}) {
 		return err
 	}
 	return fail.Hint(fmt.Errorf("cluster %q has no WAL of system %v, PostgreSQL %d: %w", a.Cluster, a.System, a.Major, fail.WrongSystem),

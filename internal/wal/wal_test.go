@@ -128,7 +128,7 @@ func TestPushRefusesWhatCannotBe(t *testing.T) {
 		if err := push(t, r, tt.name, tt.b); !errors.Is(err, tt.want) {
 			t.Errorf("%s: %v, want %v", what, err, tt.want)
 		}
-		for o := range st.List(ctx, "clusters/") {
+		for o := range st.List(ctx, "clusters/", "") {
 			t.Errorf("%s: %s was written", what, o.Key)
 		}
 	}

@@ -186,10 +186,10 @@ func (o *object) Read(p []byte) (int, error) {
 
 // List implements store.Store. It holds one directory's names at a time, and
 // those above it.
-func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[store.Object, error] {
+func (s *Store) List(ctx context.Context, prefix, after string) iter.Seq2[store.Object, error] {
 	return func(yield func(store.Object, error) bool) {
 		err := s.walk(ctx, path.Dir(prefix+"x"), prefix, func(key string, info fs.FileInfo) error {
-			if durable.IsTemp(info.Name()) || store.CheckKey(key) != nil {
+			if key <= after || durable.IsTemp(info.Name()) || store.CheckKey(key) != nil {
 				return nil // unfinished, or not ours
 			}
 			if !yield(store.Object{Key: key, Size: info.Size(), Modified: info.ModTime()}, nil) {

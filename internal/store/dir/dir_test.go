@@ -138,7 +138,7 @@ func TestLinksOutOfTheDirectoryAreNotFollowed(t *testing.T) {
 		t.Error("delete went through the link")
 	}
 	// It could be part of a repository: leaving it out of a list would hide that.
-	for _, err := range s.List(t.Context(), "") {
+	for _, err := range s.List(t.Context(), "", "") {
 		if err == nil {
 			t.Error("list went past the link")
 		}
@@ -201,7 +201,7 @@ func put(t *testing.T, s store.Store, key, val string) {
 func wantKeys(t *testing.T, s store.Store, want ...string) {
 	t.Helper()
 	var got []string
-	for o, err := range s.List(t.Context(), "") {
+	for o, err := range s.List(t.Context(), "", "") {
 		if err != nil {
 			t.Fatal(err)
 		}

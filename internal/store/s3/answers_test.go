@@ -394,7 +394,7 @@ func TestAnswersToList(t *testing.T) {
 			b, _ := play(t, c.answers...)
 			var keys []string
 			var last error
-			for o, err := range b.List(t.Context(), "p/") {
+			for o, err := range b.List(t.Context(), "p/", "") {
 				if last != nil {
 					t.Error("the list goes on after an error")
 				}

@@ -201,16 +201,19 @@ func (r *reader) Close() error {
 
 // List implements store.Store, with ListObjectsV2. What lies below the prefix
 // and has no valid key is not ours, and left out.
-func (b *Bucket) List(ctx context.Context, prefix string) iter.Seq2[store.Object, error] {
+func (b *Bucket) List(ctx context.Context, prefix, after string) iter.Seq2[store.Object, error] {
 	return func(yield func(store.Object, error) bool) {
-		if err := b.list(ctx, prefix, yield); err != nil {
+		if err := b.list(ctx, prefix, after, yield); err != nil {
 			yield(store.Object{}, fmt.Errorf("list %q: %w", prefix, err))
 		}
 	}
 }
 
-func (b *Bucket) list(ctx context.Context, prefix string, yield func(store.Object, error) bool) error {
+func (b *Bucket) list(ctx context.Context, prefix, after string, yield func(store.Object, error) bool) error {
 	in := &s3.ListObjectsV2Input{Bucket: &b.bucket, Prefix: b.name(prefix)}
+	if after != "" {
+		in.StartAfter = b.name(after)
+	}
 	before := ""
 	for {
 		if err := ctx.Err(); err != nil {
@@ -236,7 +239,7 @@ func (b *Bucket) list(ctx context.Context, prefix string, yield func(store.Objec
 			}
 			before = name
 			key, ours := strings.CutPrefix(name, b.prefix)
-			if !ours || !strings.HasPrefix(key, prefix) || store.CheckKey(key) != nil {
+			if !ours || !strings.HasPrefix(key, prefix) || key <= after || store.CheckKey(key) != nil {
 				continue
 			}
 			if err := ctx.Err(); err != nil {

@@ -334,7 +334,7 @@ func get(ctx context.Context, b *s3.Bucket, key string) error {
 }
 
 func list(ctx context.Context, b *s3.Bucket, prefix string) error {
-	for _, err := range b.List(ctx, prefix) {
+	for _, err := range b.List(ctx, prefix, "") {
 		if err != nil {
 			return err
 		}
