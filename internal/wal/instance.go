@@ -1,0 +1,180 @@
+package wal
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/pgkeep/pgkeep/internal/durable"
+)
+
+// An Instance is one life of a data directory. A copy of the directory, be it a
+// restored backup, a clone, or the same disk in another machine, is another one,
+// though PostgreSQL's system identifier is the same.
+type Instance struct {
+	ID string // random
+	// Dir is pgkeep's own directory, made for PostgreSQL's OS user alone. It
+	// stands in pg_wal, whose content no base backup takes along.
+	Dir string
+}
+
+// instanceDir is where pgkeep keeps what belongs to an instance, in a data
+// directory.
+const instanceDir = "pg_wal/pgkeep"
+
+const (
+	instanceFile = "instance"
+	instanceLock = "instance.lock"
+	maxInstance  = 16 << 10
+)
+
+// OpenInstance returns the instance that a data directory is, and begins a new
+// one where there is none yet or the directory is a copy. The id is on disk when
+// it returns.
+func OpenInstance(pgdata string) (Instance, error) {
+	i, err := openInstance(pgdata)
+	if err != nil {
+		return Instance{}, fmt.Errorf("which copy of the data directory is this: %w", err)
+	}
+	return i, nil
+}
+
+func openInstance(pgdata string) (Instance, error) {
+	// pg_wal may be a link to a disk of its own.
+	walDir, err := os.OpenRoot(filepath.Join(pgdata, filepath.Dir(instanceDir)))
+	if err != nil {
+		return Instance{}, err
+	}
+	defer walDir.Close()
+	if err := durable.MkdirAll(walDir, filepath.Base(instanceDir), 0o700); err != nil {
+		return Instance{}, err
+	}
+	dir, err := filepath.Abs(filepath.Join(pgdata, instanceDir))
+	if err == nil {
+		dir, err = filepath.EvalSymlinks(dir)
+	}
+	if err != nil {
+		return Instance{}, err
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return Instance{}, err
+	}
+	defer root.Close()
+	at, err := thisPlace(dir)
+	if err != nil {
+		return Instance{}, err
+	}
+	id, err := at.read(root)
+	if id == "" && err == nil {
+		id, err = at.begin(root)
+	}
+	return Instance{ID: id, Dir: dir}, err
+}
+
+// A place is where a data directory is. It stays the same when the machine is
+// rebooted, which a device number does not.
+type place struct {
+	Machine string `json:"machine_id,omitempty"` // /etc/machine-id; a container may have none
+	Dir     string `json:"dir"`                  // tells clones of file systems apart
+}
+
+func thisPlace(dir string) (place, error) {
+	b, err := os.ReadFile("/etc/machine-id")
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return place{}, err
+	}
+	return place{strings.TrimSpace(string(b)), dir}, nil
+}
+
+// An instanceRecord is the content of the file of an instance. It names the
+// file's own inode and place, which a copy of it does not have.
+type instanceRecord struct {
+	ID    string `json:"id"`
+	Inode uint64 `json:"inode"`
+	place
+}
+
+// read returns the id of the instance at a place, "" if there is none.
+func (at place) read(root *os.Root) (string, error) {
+	f, err := root.Open(instanceFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	inode, err := inodeOf(f)
+	if err != nil {
+		return "", err
+	}
+	b, err := io.ReadAll(io.LimitReader(f, maxInstance))
+	if err != nil {
+		return "", err
+	}
+	r, ok := parseInstance(b)
+	if !ok || r.Inode != inode || r.place != at {
+		return "", nil
+	}
+	return r.ID, nil
+}
+
+// begin makes a new id, unless somebody else did so just now.
+func (at place) begin(root *os.Root) (string, error) {
+	lock, err := root.OpenFile(instanceLock, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return "", err
+	}
+	defer lock.Close() // and with it the lock
+	if err := flock(lock, syscall.LOCK_EX); err != nil {
+		return "", err
+	}
+	if id, err := at.read(root); id != "" || err != nil {
+		return id, err
+	}
+	r := instanceRecord{ID: strings.ToLower(rand.Text()), place: at}
+	err = durable.Replace(root, instanceFile, 0o600, func(w io.Writer) (err error) {
+		f, _ := w.(*os.File)
+		if r.Inode, err = inodeOf(f); err != nil { // it stays when the file gets its name
+			return err
+		}
+		return json.NewEncoder(w).Encode(r)
+	})
+	return r.ID, err
+}
+
+// parseInstance reads the file of an instance. What is damaged is none.
+func parseInstance(b []byte) (r instanceRecord, ok bool) {
+	err := json.Unmarshal(bytes.TrimSpace(b), &r)
+	return r, err == nil && r.ID != ""
+}
+
+func inodeOf(f *os.File) (uint64, error) {
+	info, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	return info.Sys().(*syscall.Stat_t).Ino, nil
+}
+
+// flock takes a lock that ends with the process, or with closing f.
+func flock(f *os.File, how int) error {
+	for {
+		err := syscall.Flock(int(f.Fd()), how)
+		if err == nil {
+			return nil
+		}
+		if err != syscall.EINTR {
+			return fmt.Errorf("lock %s: %w", f.Name(), err)
+		}
+	}
+}
