@@ -43,7 +43,9 @@ Exit statuses: https://github.com/pgkeep/pgkeep/blob/main/docs/ERRORS.md
 `
 
 func main() {
-	if !isPush(os.Args) {
+	switch verbOf(os.Args) {
+	case push, ahead:
+	default:
 		// A crash must not end with status 2, which says "end of the log": it
 		// dies by a signal, and PostgreSQL stops.
 		debug.SetTraceback("crash")
@@ -53,7 +55,19 @@ func main() {
 	os.Exit(run(ctx, os.Args, os.Environ(), os.Stdout, os.Stderr))
 }
 
-func isPush(args []string) bool { return len(args) > 1 && args[1] == "push" }
+// The verbs.
+const (
+	push  = "push"
+	fetch = "fetch"
+	ahead = "ahead" // of no use to people: see ahead.go
+)
+
+func verbOf(args []string) string {
+	if len(args) < 2 {
+		return ""
+	}
+	return args[1]
+}
 
 // run is main with the process taken out: what it returns is the exit status.
 // It returns soon after ctx has ended, whatever still hangs.
@@ -63,10 +77,13 @@ func run(ctx context.Context, args, environ []string, out, errw io.Writer) int {
 	case errors.Is(err, flag.ErrHelp):
 		return 0
 	case err == nil:
-		err = c.bounded(ctx, environ)
+		err = c.bounded(ctx, environ, errw)
 	}
 	if err == nil {
 		return 0
+	}
+	if c.verb == ahead {
+		return 0 // where PostgreSQL is process 1, it takes all else for the crash of one of its own
 	}
 	if !errors.Is(err, wal.ErrAbsent) {
 		line := "pgkeep-wal: " + strings.ReplaceAll(err.Error(), "\n", "; ")
@@ -75,7 +92,7 @@ func run(ctx context.Context, args, environ []string, out, errw io.Writer) int {
 		}
 		fmt.Fprintln(errw, line)
 	}
-	if isPush(args) {
+	if verbOf(args) == push {
 		return fail.KindOf(err).ExitStatus()
 	}
 	return fetchStatus(err)
@@ -85,7 +102,7 @@ func run(ctx context.Context, args, environ []string, out, errw io.Writer) int {
 // that is what is proved: restore_command in PostgreSQL's documentation, and
 // RestoreArchivedFile in access/transam/xlogarchive.c.
 func fetchStatus(err error) int {
-	if errors.Is(err, wal.ErrAbsent) {
+	if errors.Is(err, wal.ErrAbsent) || errors.Is(err, wal.ErrLater) {
 		return 1
 	}
 	return min(200+fail.KindOf(err).ExitStatus(), 239)
@@ -93,22 +110,22 @@ func fetchStatus(err error) int {
 
 // A call is a command line taken apart.
 type call struct {
-	push                  bool
-	name, path            string // name is "" for push
+	verb                  string
+	name, path            string // name only of fetch
 	file, cluster, pgdata string
 	timeout               time.Duration
 }
 
 func parse(args []string, out io.Writer) (c call, err error) {
-	if len(args) < 2 || args[1] != "push" && args[1] != "fetch" {
+	c.verb = verbOf(args)
+	if !slices.Contains([]string{push, fetch, ahead}, c.verb) {
 		if len(args) == 2 && slices.Contains([]string{"help", "--help", "-h"}, args[1]) {
 			io.WriteString(out, usage)
 			return c, flag.ErrHelp
 		}
 		return c, config.Errorf("want push %%p or fetch %%f %%p; see pgkeep-wal --help")
 	}
-	c.push = args[1] == "push"
-	f := flag.NewFlagSet(args[1], flag.ContinueOnError)
+	f := flag.NewFlagSet(c.verb, flag.ContinueOnError)
 	f.SetOutput(io.Discard)
 	f.StringVar(&c.file, "config", "", "")
 	f.StringVar(&c.cluster, "cluster", "", "")
@@ -118,15 +135,16 @@ func parse(args []string, out io.Writer) (c call, err error) {
 		io.WriteString(out, usage)
 		return c, err
 	} else if err != nil {
-		return c, config.Errorf("%s: %w", args[1], err)
+		return c, config.Errorf("%s: %w", c.verb, err)
 	}
 	switch {
-	case c.push && f.NArg() == 1:
+	case c.verb == push && f.NArg() == 1:
 		c.path = f.Arg(0)
-	case !c.push && f.NArg() == 2:
+	case c.verb == fetch && f.NArg() == 2:
 		c.name, c.path = f.Arg(0), f.Arg(1)
+	case c.verb == ahead && f.NArg() == 0:
 	default:
-		return c, config.Errorf("%s: %d arguments; want push %%p or fetch %%f %%p", args[1], f.NArg())
+		return c, config.Errorf("%s: %d arguments; want push %%p or fetch %%f %%p", c.verb, f.NArg())
 	}
 	if !filepath.IsAbs(c.path) {
 		c.path = filepath.Join(c.pgdata, c.path)
@@ -142,12 +160,15 @@ func parse(args []string, out io.Writer) (c call, err error) {
 const grace = time.Second
 
 // bounded does the work under one deadline.
-func (c call) bounded(ctx context.Context, environ []string) error {
+func (c call) bounded(ctx context.Context, environ []string, errw io.Writer) error {
 	stopped := ctx
-	ctx, cancel := context.WithTimeout(ctx, c.timeout)
-	defer cancel()
+	if c.verb != ahead { // which ends by itself
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, c.timeout)
+		defer cancel()
+	}
 	done := make(chan error, 1)
-	go func() { done <- c.do(ctx, environ) }()
+	go func() { done <- c.do(ctx, environ, errw) }()
 	var err error
 	select {
 	case err = <-done:
@@ -169,7 +190,7 @@ func (c call) bounded(ctx context.Context, environ []string) error {
 	return err
 }
 
-func (c call) do(ctx context.Context, environ []string) error {
+func (c call) do(ctx context.Context, environ []string, errw io.Writer) error {
 	hostname, err := os.Hostname()
 	if err != nil {
 		return fmt.Errorf("name of this host: %w", err)
@@ -178,10 +199,26 @@ func (c call) do(ctx context.Context, environ []string) error {
 	if err != nil {
 		return err
 	}
-	name, err := clusterOf(cfg, c.cluster)
-	if err != nil {
+	c.file = cfg.File()
+	if c.cluster, err = clusterOf(cfg, c.cluster); err != nil {
 		return err
 	}
+	switch c.verb {
+	case push:
+		return c.push(ctx, cfg)
+	case ahead:
+		return c.fetcher(cfg).Prefetch(ctx)
+	}
+	f := c.fetcher(cfg)
+	f.Spawn = func() {
+		if err := c.keepAhead(environ); err != nil { // which is no failure of this fetch
+			fmt.Fprintf(errw, "pgkeep-wal: fetch ahead: %v\n", err)
+		}
+	}
+	return f.Fetch(ctx, c.name, c.path)
+}
+
+func (c call) push(ctx context.Context, cfg *config.Config) error {
 	server, err := wal.ReadServer(c.pgdata)
 	if err != nil {
 		return err
@@ -190,10 +227,7 @@ func (c call) do(ctx context.Context, environ []string) error {
 	if err != nil {
 		return err
 	}
-	if c.push {
-		return wal.Push(ctx, r, name, server, c.path)
-	}
-	return wal.Fetch(ctx, r, name, server, c.name, c.path)
+	return wal.Push(ctx, r, c.cluster, server, c.path)
 }
 
 // clusterOf returns the cluster that is meant: the one named, or the only one.

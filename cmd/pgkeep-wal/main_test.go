@@ -267,7 +267,7 @@ func (w *world) recover(base, name, config string) (*lab.Postgres, error) {
 	}
 	w.write(filepath.Join(name, "data", "recovery.signal"), "")
 	p, err := lab.StartPostgres(w.t.Context(), lab.PostgresOptions{Dir: dir, Settings: map[string]string{"hot_standby": "off",
-		"restore_command": w.program + " fetch --timeout 5s --config " + config + " %f %p"}})
+		"restore_command": w.program + " fetch --timeout 2s --config " + config + " %f %p"}})
 	if err == nil {
 		w.t.Cleanup(func() { p.Stop() })
 	}
@@ -323,15 +323,15 @@ func TestArchive(t *testing.T) {
 		segment := w.query(other, "SELECT pg_walfile_name(pg_switch_wal())")
 		content := read(t, filepath.Join(other.DataDir, "pg_wal", segment))
 		w.wal(10, "hint", w.pg.DataDir, "push", "--config", w.host, w.write(segment, string(content)))
-		w.wal(210, "has no WAL of system", other.DataDir, "fetch", "--config", w.restore, "00000002.history", target)
+		w.wal(210, "has no WAL of system", other.DataDir, "fetch", "--timeout", "1s", "--config", w.restore, "00000002.history", target)
 	})
 	t.Run("fetch tells absence from everything else", func(t *testing.T) {
 		next := segments[rows-1][:16] + "000000F0"
 		w.wal(1, "", base, "fetch", "--config", w.restore, next, target)
 		w.wal(1, "", base, "fetch", "--config", w.restore, "00000002.history", target)
-		w.wal(216, "no identity", base, "fetch", "--config", w.host, segments[0], target+"-")
+		w.wal(216, "no identity", base, "fetch", "--timeout", "1s", "--config", w.host, segments[0], target+"-")
 		w.wal(202, "RECOVERYXLOG", base, "fetch", "--config", w.restore, "RECOVERYXLOG", target)
-		w.wal(221, "store-denied", base, "fetch", "--config", w.configure("denied.yaml", "operator.key", w.s3.Endpoint, "nobody"), next, target)
+		w.wal(221, "store-denied", base, "fetch", "--timeout", "1s", "--config", w.configure("denied.yaml", "operator.key", w.s3.Endpoint, "nobody"), next, target)
 		w.wal(220, "store-down", base, "fetch", "--timeout", "2s", "--config", w.configure("down.yaml", "operator.key", "https://127.0.0.1:9", w.s3.AccessKeyID), next, target)
 	})
 	t.Run("recovery replays to the last row", func(t *testing.T) {
@@ -373,7 +373,7 @@ func TestArchive(t *testing.T) {
 				t.Fatal(err)
 			}
 			os.Remove(target)
-			w.wal(tt.status, cmp.Or(tt.says, "pgkeep-wal: "), base, "fetch", "--config", w.restore, middle, target)
+			w.wal(tt.status, cmp.Or(tt.says, "pgkeep-wal: "), base, "fetch", "--timeout", "1s", "--config", w.restore, middle, target)
 			if _, err := os.Stat(target); err == nil {
 				t.Error("something was delivered all the same")
 			}

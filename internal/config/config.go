@@ -107,6 +107,8 @@ type Cluster struct {
 	Host Host `yaml:"host"`
 	// How logical backups are taken.
 	Logical Logical `yaml:"logical"`
+	// How the write-ahead log is archived and brought back.
+	WAL WAL `yaml:"wal"`
 }
 
 // Logical says how logical backups of a cluster are taken.
@@ -123,6 +125,15 @@ type Logical struct {
 	StallTimeout time.Duration `yaml:"stall_timeout" default:"10m"`
 	// How long to wait for the locks of a database's tables.
 	LockWait time.Duration `yaml:"lock_wait" default:"5m"`
+}
+
+// WAL says how pgkeep-wal archives the write-ahead log of a cluster, and brings
+// it back.
+type WAL struct {
+	// How many segments a recovery has ready before PostgreSQL asks for them, in `pg_wal/pgkeep`; at most 256 MiB of them. 0: none.
+	Prefetch int `yaml:"prefetch" default:"8"`
+	// How long a recovery waits for a segment that is missing while a later one is there: several are archived at a time, and not always in order.
+	HoleGrace time.Duration `yaml:"hole_grace" default:"30s"`
 }
 
 // Schedule is one backup that Temporal starts at certain times.
@@ -234,6 +245,9 @@ func (c *Config) check(problem func(path, format string, args ...any)) {
 	for _, name := range slices.Sorted(maps.Keys(c.Clusters)) {
 		if jobs := c.Clusters[name].Logical.Jobs; jobs < 1 {
 			problem(fmt.Sprintf("clusters.%s.logical.jobs", name), "jobs is %d, and must be 1 at least", jobs)
+		}
+		if n := c.Clusters[name].WAL.Prefetch; n < 0 {
+			problem(fmt.Sprintf("clusters.%s.wal.prefetch", name), "prefetch is %d, and must be 0 at least", n)
 		}
 	}
 	r := c.Repository

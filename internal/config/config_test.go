@@ -63,6 +63,7 @@ func TestEveryKindOfValueIsRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	logical := config.Logical{Jobs: 2, StallTimeout: 10 * time.Minute, LockWait: 5 * time.Minute}
+	archive := config.WAL{Prefetch: 8, HoleGrace: 30 * time.Second}
 	big := logical
 	big.Databases, big.Jobs, big.RolePasswords, big.StallTimeout = []string{"shop", "2024"}, 4, true, 90*time.Second
 	want := &config.Config{
@@ -78,8 +79,8 @@ func TestEveryKindOfValueIsRead(t *testing.T) {
 		Spool:    "/srv/spool",
 		Log:      config.Log{Level: config.LogDebug, Format: config.LogJSON},
 		Clusters: map[config.Name]config.Cluster{
-			"main":  {Conninfo: "host=/run/postgresql user=backup", Host: "db1", Logical: big},
-			"other": {Conninfo: "postgresql://backup@db2/postgres", Host: "db2", Logical: logical},
+			"main":  {Conninfo: "host=/run/postgresql user=backup", Host: "db1", Logical: big, WAL: archive},
+			"other": {Conninfo: "postgresql://backup@db2/postgres", Host: "db2", Logical: logical, WAL: archive},
 		},
 		Schedules: []config.Schedule{{
 			Cluster: "main", Kind: config.KindLogical, Cron: "30 1 * * mon-fri", TimeZone: "Europe/Berlin",
@@ -305,6 +306,9 @@ clusters:
       role_passwords: false # default
       stall_timeout: 10m # default
       lock_wait: 5m # default
+    wal:
+      prefetch: 8 # default
+      hole_grace: 30s # default
 `
 	if diff := cmp.Diff(want, out.String()); diff != "" {
 		t.Errorf("shown configuration differs (-want +got):\n%s", diff)

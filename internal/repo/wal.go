@@ -124,20 +124,23 @@ func (r *Repo) sameWAL(ctx context.Context, a Archive, n pg.WALName, want walHea
 	return o.finish()
 }
 
-// ReadWAL writes the content of a file of the archive to w. What w got counts
-// only if nil is returned: then its signature, place, size and SHA-256 are those
-// of the file that was archived. It fails with store.ErrNotExist where the store
-// says that there is no such object.
-func (r *Repo) ReadWAL(ctx context.Context, a Archive, n pg.WALName, w io.Writer) error {
-	return wrap("read", a.key(n), r.readWAL(ctx, a, n, w))
+// ReadWAL writes the content of a file of the archive to w, and returns its
+// SHA-256. What w got counts only if there is no error: then its signature,
+// place, size and SHA-256 are those of the file that was archived. It fails with
+// store.ErrNotExist where the store says that there is no such object.
+func (r *Repo) ReadWAL(ctx context.Context, a Archive, n pg.WALName, w io.Writer) (sum []byte, err error) {
+	o, err := r.openWAL(ctx, a, n)
+	if err == nil {
+		defer o.Close()
+		err = r.readWAL(o, w)
+	}
+	if err != nil {
+		return nil, wrap("read", a.key(n), err)
+	}
+	return o.header.Sum, nil
 }
 
-func (r *Repo) readWAL(ctx context.Context, a Archive, n pg.WALName, w io.Writer) error {
-	o, err := r.openWAL(ctx, a, n)
-	if err != nil {
-		return err
-	}
-	defer o.Close()
+func (r *Repo) readWAL(o *walObject, w io.Writer) (err error) {
 	var body io.Reader = o
 	if o.header.Epoch > 0 {
 		if body, err = seal.DecryptFrom(o, r.opened()...); err != nil {

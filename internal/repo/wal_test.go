@@ -69,10 +69,10 @@ func TestWALComesBackAndIsNeverReplaced(t *testing.T) {
 			t.Error("the object was replaced")
 		}
 		var got bytes.Buffer
-		if err := b.r.ReadWAL(ctx, archive, n, &got); err != nil || !bytes.Equal(got.Bytes(), content) {
+		if _, err := b.r.ReadWAL(ctx, archive, n, &got); err != nil || !bytes.Equal(got.Bytes(), content) {
 			t.Errorf("read %d bytes, %v", got.Len(), err)
 		}
-		if err := host.ReadWAL(ctx, archive, n, io.Discard); encrypted && !errors.Is(err, fail.NoKey) {
+		if _, err := host.ReadWAL(ctx, archive, n, io.Discard); encrypted && !errors.Is(err, fail.NoKey) {
 			t.Errorf("a host without a key reads: %v", err)
 		}
 		var listed []pg.WALName
@@ -121,7 +121,7 @@ func TestDamagedWALIsNeverDelivered(t *testing.T) {
 			if err := b.st.Put(ctx, walKey, bytes.NewReader(d), store.PutOptions{}); err != nil {
 				t.Fatal(err)
 			}
-			if err := b.r.ReadWAL(ctx, archive, n, io.Discard); !errors.Is(err, fail.Corrupt) {
+			if _, err := b.r.ReadWAL(ctx, archive, n, io.Discard); !errors.Is(err, fail.Corrupt) {
 				t.Errorf("damage %d: read: %v, want %v", i, err, fail.Corrupt)
 			}
 			if err := b.r.PutWAL(ctx, archive, n, content); !errors.Is(err, fail.Corrupt) {
@@ -157,7 +157,7 @@ func TestWALOfAnotherPlaceIsRefused(t *testing.T) {
 		if err := b.st.Put(ctx, key, bytes.NewReader(stored), store.PutOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		if err := b.r.ReadWAL(ctx, tt.a, tt.n, io.Discard); !errors.Is(err, tt.want) {
+		if _, err := b.r.ReadWAL(ctx, tt.a, tt.n, io.Discard); !errors.Is(err, tt.want) {
 			t.Errorf("%s: %v, want %v", key, err, tt.want)
 		}
 	}
@@ -173,7 +173,7 @@ func TestWALOfAnotherPlaceIsRefused(t *testing.T) {
 	if err := b.open(t, stranger).PutWAL(ctx, archive, next, content); err != nil {
 		t.Fatal(err)
 	}
-	if err := b.r.ReadWAL(ctx, archive, next, io.Discard); !errors.Is(err, fail.Untrusted) {
+	if _, err := b.r.ReadWAL(ctx, archive, next, io.Discard); !errors.Is(err, fail.Untrusted) {
 		t.Errorf("signed by a stranger: %v, want %v", err, fail.Untrusted)
 	}
 }

@@ -2,10 +2,16 @@ package wal
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"time"
 
 	"github.com/pgkeep/pgkeep/internal/durable"
 	"github.com/pgkeep/pgkeep/internal/fail"
@@ -14,15 +20,176 @@ import (
 	"github.com/pgkeep/pgkeep/internal/store"
 )
 
-// ErrAbsent means that a file is proved not to be in the archive, and that
-// nothing there shows that it should be.
-var ErrAbsent = errors.New("not in the archive")
+var (
+	// ErrAbsent means that a file is proved not to be in the archive, and that
+	// nothing there shows that it should be.
+	ErrAbsent = errors.New("not in the archive")
+	// ErrLater means that the store could not be asked, and that the server is
+	// a standby, which asks again and opens for nobody meanwhile.
+	ErrLater = errors.New("a standby asks again")
+)
+
+// A Fetcher delivers files of the archive to the PostgreSQL of one data
+// directory.
+type Fetcher struct {
+	Cluster string
+	DataDir string
+	// Open opens the repository. Every attempt opens it anew: a key or a right
+	// that was missing can be there by then.
+	Open func(context.Context) (*repo.Repo, error)
+	// HoleGrace is how long a missing segment is waited for once a later one is
+	// there. 0: not at all. Push archives several at a time, in any order.
+	HoleGrace time.Duration
+
+	// Ahead is how many segments Prefetch keeps ready. 0: none.
+	Ahead int
+	// Place says where the repository is and whom to believe there. What was
+	// fetched ahead under another Place is not used.
+	Place string
+	// Spawn starts a process that calls Prefetch, without waiting for it. It is
+	// called where there seems to be none. Nil: nobody fetches ahead.
+	Spawn func()
+}
 
 // Fetch puts the file that PostgreSQL calls name at path. It returns nil when it
-// is there, whole, durable and verified. It fails with ErrAbsent when the store
-// says that there is none and nothing in the archive shows that there should be;
-// only then may PostgreSQL take this for the end of the log. Whatever else
-// happens is another error.
+// is there, whole, durable and verified. What may pass is tried again until ctx
+// ends, and nearly everything may: the error is that of the last attempt that
+// had one of its own. It is ErrAbsent or ErrLater only where PostgreSQL may
+// take the answer for the end of the log as it stands.
+func (f Fetcher) Fetch(ctx context.Context, name, path string) error {
+	n, err := pg.ParseWALName(name)
+	if err != nil {
+		return fail.With(fail.BadConfig, err)
+	}
+	p := patience{holeGrace: f.HoleGrace}
+	for {
+		err := f.attempt(ctx, n, path)
+		if err == nil {
+			return nil
+		}
+		wait, again := p.after(err, time.Now())
+		if !again {
+			break
+		}
+		select {
+		case <-time.After(wait):
+			continue
+		case <-ctx.Done():
+		}
+		break
+	}
+	if transient(p.last) && f.standby() {
+		return fmt.Errorf("%w; %w", p.last, ErrLater)
+	}
+	return p.last
+}
+
+// attempt tries to deliver once. A segment for PostgreSQL itself is looked for
+// among those that were fetched ahead.
+func (f Fetcher) attempt(ctx context.Context, n pg.WALName, path string) error {
+	s, err := ReadServer(f.DataDir)
+	if err != nil {
+		return err
+	}
+	ahead := f.follow(n, s, path)
+	defer ahead.close()
+	if ahead.deliver(ctx, n, s, filepath.Base(path)) {
+		f.keepAhead(ahead)
+		return nil
+	}
+	if f.inWAL(path) {
+		if err := sweep(filepath.Dir(path), time.Now().Add(-staleAfter)); err != nil {
+			return fmt.Errorf("fetch %v: %w", n, err)
+		}
+	}
+	r, err := f.Open(ctx)
+	if err != nil {
+		return fmt.Errorf("fetch %v: %w", n, err)
+	}
+	if err := Fetch(ctx, r, f.Cluster, s, n.String(), path); err != nil {
+		return err
+	}
+	f.keepAhead(ahead)
+	return nil
+}
+
+// patience decides whether what failed is tried again.
+type patience struct {
+	holeGrace time.Duration
+
+	failures int
+	hole     time.Time // when a hole was seen first, and ever since
+	last     error     // the one to report
+}
+
+// after takes note that an attempt ended with err at now. It returns how long to
+// wait for the next one, or false: then there is none, and last says why.
+func (p *patience) after(err error, now time.Time) (wait time.Duration, again bool) {
+	if p.last == nil || !errors.Is(err, context.DeadlineExceeded) {
+		p.last = err // that time ran out says less than what came before
+	}
+	if _, ok := errors.AsType[*holeError](err); !ok {
+		p.hole = time.Time{}
+	} else if p.hole.IsZero() {
+		p.hole = now
+	}
+	switch {
+	case errors.Is(err, ErrAbsent), errors.Is(err, fail.BadConfig), errors.Is(err, context.Canceled):
+		return 0, false
+	case !p.hole.IsZero() && now.Sub(p.hole) >= p.holeGrace:
+		return 0, false
+	}
+	const least, most = 100 * time.Millisecond, 5 * time.Second
+	wait = min(most, least<<min(p.failures, 10))
+	p.failures++
+	return wait/2 + rand.N(wait/2), true
+}
+
+// transient reports whether err says nothing about the archive: the store did
+// not answer in time. That it denies access is not of this kind. Nothing here
+// makes that pass, and a standby that quietly falls behind, for want of a
+// right, is found out when it is needed.
+func transient(err error) bool {
+	return errors.Is(err, fail.StoreDown) || errors.Is(err, context.DeadlineExceeded)
+}
+
+// standby reports whether PostgreSQL takes the end of the log for a reason to
+// ask again, not to open: PostgreSQL's documentation, "Standby Server Operation".
+// It does open if somebody promotes it meanwhile.
+func (f Fetcher) standby() bool {
+	_, err := os.Lstat(filepath.Join(f.DataDir, "standby.signal"))
+	return err == nil
+}
+
+// staleAfter is how long nobody wrote to an unfinished file that is removed. No
+// write to one that is still being fetched takes that long.
+const staleAfter = 10 * time.Minute
+
+// sweep removes unfinished files in dir that were left behind by a crash before
+// a moment.
+func sweep(dir string, before time.Time) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if !durable.IsTemp(e.Name()) {
+			continue
+		}
+		if info, err := e.Info(); err == nil && info.ModTime().Before(before) {
+			if err := os.Remove(filepath.Join(dir, e.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// Fetch tries once to put the file that PostgreSQL calls name at path. It returns
+// nil when it is there, whole, durable and verified. It fails with ErrAbsent when
+// the store says that there is none and nothing in the archive shows that there
+// should be; only then may PostgreSQL take this for the end of the log. Whatever
+// else happens is another error.
 func Fetch(ctx context.Context, r *repo.Repo, cluster string, s Server, name, path string) error {
 	n, err := pg.ParseWALName(name)
 	if err != nil {
@@ -30,7 +197,8 @@ func Fetch(ctx context.Context, r *repo.Repo, cluster string, s Server, name, pa
 	}
 	a := s.archive(cluster)
 	err = durable.WriteFile(path, 0o600, func(w io.Writer) error {
-		return read(ctx, r, a, n, s, w)
+		_, err := read(ctx, r, a, n, s, w)
+		return err
 	})
 	if errors.Is(err, store.ErrNotExist) {
 		err = absent(ctx, r, a, n, s)
@@ -41,24 +209,24 @@ func Fetch(ctx context.Context, r *repo.Repo, cluster string, s Server, name, pa
 	return nil
 }
 
-// read writes a verified file of the archive to w.
-func read(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName, s Server, w io.Writer) error {
+// read writes a verified file of the archive to w, and returns its SHA-256.
+func read(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName, s Server, w io.Writer) (sum []byte, err error) {
 	if n.Kind == pg.History || n.Kind == pg.BackupHistory {
 		var content bytes.Buffer
-		if err := r.ReadWAL(ctx, a, n, &content); err != nil {
-			return err
+		if sum, err = r.ReadWAL(ctx, a, n, &content); err != nil {
+			return nil, err
 		}
 		if err := check(n, s, content.Bytes()); err != nil {
-			return err
+			return nil, err
 		}
 		_, err := w.Write(content.Bytes())
-		return err
+		return sum, err
 	}
 	p := &peek{w: w}
-	if err := r.ReadWAL(ctx, a, n, p); err != nil {
-		return err
+	if sum, err = r.ReadWAL(ctx, a, n, p); err != nil {
+		return nil, err
 	}
-	return checkHead(n, s, p.head, p.size)
+	return sum, checkHead(n, s, p.head, p.size)
 }
 
 // A peek remembers the beginning of what passes.
@@ -83,32 +251,46 @@ func absent(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName, s S
 	if err := known(ctx, r, a); err != nil {
 		return err
 	}
-	hole := func(witness pg.WALName) error {
-		return fail.Hint(fmt.Errorf("it is missing, though the archive holds %v: %w", witness, fail.Corrupt),
-			"bring the missing file back if a server or a copy of the bucket still has it; PostgreSQL must not open with fewer rows")
-	}
-	var last pg.WALName // of those that show that the segment was complete
+	var first, last pg.WALName // of those that show that the segment was complete
 	for f, err := range r.ListWAL(ctx, a, n.Timeline, n) {
 		if err != nil {
 			return err
 		}
 		if f.Kind != pg.History && (n.Kind == pg.History || f.Segment() > n.Segment()) {
-			last = f
+			first, last = cmp.Or(first, f), f
 		}
 	}
 	if n.Kind == pg.History {
 		// A timeline's files without its history. The first has none; that of
 		// this server may have begun before it had an archive.
 		if last != (pg.WALName{}) && n.Timeline > s.Timeline {
-			return hole(last)
+			return hole(first, last)
 		}
 		return ErrAbsent
 	}
 	if last != (pg.WALName{}) {
-		return hole(last)
+		return hole(first, last)
 	}
-	return forked(ctx, r, a, n, s, hole)
+	return forked(ctx, r, a, n, s)
 }
+
+// hole is the error that a file is missing which the archive must have had: it
+// holds the files first and last, which come later.
+func hole(first, last pg.WALName) error {
+	return fail.Hint(&holeError{first, last},
+		"bring the missing file back if a server or a copy of the bucket still has it; PostgreSQL must not open with fewer rows")
+}
+
+type holeError struct{ first, last pg.WALName }
+
+func (h *holeError) Error() string {
+	if h.first == h.last {
+		return fmt.Sprintf("it is missing, though the archive holds %v: %v", h.last, fail.Corrupt)
+	}
+	return fmt.Sprintf("it is missing, though the archive holds %v, and after the hole %v first: %v", h.last, h.first, fail.Corrupt)
+}
+
+func (h *holeError) Unwrap() error { return fail.Corrupt }
 
 // known fails when the archive holds nothing at all of this server: it is
 // another's, or the configuration names another cluster.
@@ -123,11 +305,11 @@ func known(ctx context.Context, r *repo.Repo, a repo.Archive) error {
 // forked looks for a timeline that left n's behind n: the archive must hold
 // what both share. PostgreSQL numbers timelines without a gap, as far as it sees
 // the archive (findNewestTimeLine in access/transam/timeline.c).
-func forked(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName, s Server, hole func(pg.WALName) error) error {
+func forked(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName, s Server) error {
 	for t := n.Timeline + 1; t != 0; t++ {
 		h := pg.HistoryName(t)
 		var text bytes.Buffer
-		err := r.ReadWAL(ctx, a, h, &text)
+		_, err := r.ReadWAL(ctx, a, h, &text)
 		if errors.Is(err, store.ErrNotExist) {
 			break
 		}
@@ -147,7 +329,7 @@ func forked(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName, s S
 				return err
 			}
 			if n.Segment() < at { // the segment of the fork itself goes on in the new timeline
-				return hole(h)
+				return hole(h, h)
 			}
 		}
 	}
