@@ -39,6 +39,10 @@ type WALRecord struct {
 // records of any size: what is read counts only when the record's checksum is
 // right (access/transam/xlogreader.c is what it has to agree with).
 type WALScanner struct {
+	// Every lets Next return also records of no kind, of which only At, End and
+	// XID are known.
+	Every bool
+
 	r io.Reader
 
 	magic   uint16
@@ -90,7 +94,7 @@ func (s *WALScanner) Next() (WALRecord, error) {
 		rec, err := s.record()
 		var broken *brokenLog
 		switch {
-		case err == nil && rec.Kind != 0:
+		case err == nil && (rec.Kind != 0 || s.Every && rec.End != 0):
 			return rec, nil
 		case err == nil:
 		case err == io.EOF, errors.As(err, &broken):
