@@ -107,6 +107,8 @@ type Cluster struct {
 	Host Host `yaml:"host"`
 	// How logical backups are taken.
 	Logical Logical `yaml:"logical"`
+	// How physical backups are taken. They are taken on the host of the data directory, by a user who may read it.
+	Physical Physical `yaml:"physical"`
 	// How the write-ahead log is archived and brought back.
 	WAL WAL `yaml:"wal"`
 }
@@ -136,11 +138,27 @@ type WAL struct {
 	HoleGrace time.Duration `yaml:"hole_grace" default:"30s"`
 }
 
+// Physical says how physical backups of a cluster are taken.
+type Physical struct {
+	// How many files to read at once. 0: one for each processor.
+	Readers int `yaml:"readers"`
+	// How much to read in a second, as `100MB`. 0: no limit.
+	Rate Bytes `yaml:"rate"`
+	// Reading pauses while a streaming standby is further behind than this, as `1GB`. 0: standbys are not looked at.
+	MaxStandbyLag Bytes `yaml:"max_standby_lag"`
+	// Reading slows down while reading 1 MiB takes longer than this, as `50ms`: the disk is needed by others. 0: not looked at.
+	MaxReadLatency time.Duration `yaml:"max_read_latency"`
+	// Whether the checkpoint at the beginning is spread over time like any other. If not, it is done at once, with a burst of writes.
+	SpreadCheckpoint bool `yaml:"spread_checkpoint" default:"false"`
+	// How long to wait at the end until the last segment of WAL is archived.
+	WALWait time.Duration `yaml:"wal_wait" default:"1h"`
+}
+
 // Schedule is one backup that Temporal starts at certain times.
 type Schedule struct {
 	// The cluster to back up, one of `clusters`.
 	Cluster Name `yaml:"cluster" required:"true"`
-	// The kind of backup: `logical`.
+	// The kind of backup: `physical` or `logical`.
 	Kind Kind `yaml:"kind" default:"logical"`
 	// When to start, as five fields: minute, hour, day of month, month, day of week. If both days are restricted, both must match. Or `@hourly`, `@daily`, `@weekly`, `@monthly`, `@every 6h`.
 	Cron Cron `yaml:"cron" required:"true"`
@@ -248,6 +266,9 @@ func (c *Config) check(problem func(path, format string, args ...any)) {
 		}
 		if n := c.Clusters[name].WAL.Prefetch; n < 0 {
 			problem(fmt.Sprintf("clusters.%s.wal.prefetch", name), "prefetch is %d, and must be 0 at least", n)
+		}
+		if readers := c.Clusters[name].Physical.Readers; readers < 0 {
+			problem(fmt.Sprintf("clusters.%s.physical.readers", name), "readers is %d, and must not be negative", readers)
 		}
 	}
 	r := c.Repository

@@ -42,6 +42,13 @@ clusters:
       jobs: 4
       role_passwords: true
       stall_timeout: 90s
+    physical:
+      readers: 3
+      rate: 100MB
+      max_standby_lag: 1GB
+      max_read_latency: 50ms
+      spread_checkpoint: true
+      wal_wait: 20m
   other:
     conninfo: postgresql://backup@db2/postgres
     host: db2
@@ -66,6 +73,8 @@ func TestEveryKindOfValueIsRead(t *testing.T) {
 	archive := config.WAL{Prefetch: 8, HoleGrace: 30 * time.Second}
 	big := logical
 	big.Databases, big.Jobs, big.RolePasswords, big.StallTimeout = []string{"shop", "2024"}, 4, true, 90*time.Second
+	physical := config.Physical{WALWait: time.Hour}
+	gentle := config.Physical{Readers: 3, Rate: 100 << 20, MaxStandbyLag: 1 << 30, MaxReadLatency: 50 * time.Millisecond, SpreadCheckpoint: true, WALWait: 20 * time.Minute}
 	want := &config.Config{
 		Repository: config.Repository{
 			URL:      config.Location{Bucket: "backups", Prefix: "prod/eu"},
@@ -79,8 +88,8 @@ func TestEveryKindOfValueIsRead(t *testing.T) {
 		Spool:    "/srv/spool",
 		Log:      config.Log{Level: config.LogDebug, Format: config.LogJSON},
 		Clusters: map[config.Name]config.Cluster{
-			"main":  {Conninfo: "host=/run/postgresql user=backup", Host: "db1", Logical: big, WAL: archive},
-			"other": {Conninfo: "postgresql://backup@db2/postgres", Host: "db2", Logical: logical, WAL: archive},
+			"main":  {Conninfo: "host=/run/postgresql user=backup", Host: "db1", Logical: big, Physical: gentle, WAL: archive},
+			"other": {Conninfo: "postgresql://backup@db2/postgres", Host: "db2", Logical: logical, Physical: physical, WAL: archive},
 		},
 		Schedules: []config.Schedule{{
 			Cluster: "main", Kind: config.KindLogical, Cron: "30 1 * * mon-fri", TimeZone: "Europe/Berlin",
@@ -306,6 +315,9 @@ clusters:
       role_passwords: false # default
       stall_timeout: 10m # default
       lock_wait: 5m # default
+    physical:
+      spread_checkpoint: false # default
+      wal_wait: 1h # default
     wal:
       prefetch: 8 # default
       hole_grace: 30s # default

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"net/url"
 	"path"
@@ -197,10 +198,48 @@ func (p *PathStyle) UnmarshalText(b []byte) error {
 // A Kind is a kind of backup.
 type Kind string
 
-// KindLogical is a backup made with pg_dump.
-const KindLogical Kind = "logical"
+// The kinds there are: made with pg_dump, or from the files of the cluster.
+const (
+	KindLogical  Kind = "logical"
+	KindPhysical Kind = "physical"
+)
 
-func (k *Kind) UnmarshalText(b []byte) error { return oneOf(k, b, KindLogical) }
+func (k *Kind) UnmarshalText(b []byte) error { return oneOf(k, b, KindLogical, KindPhysical) }
+
+// Bytes is an amount of data, as 64kB, 100MB or 2GB, in powers of 1024 as
+// PostgreSQL counts. It is never negative.
+type Bytes int64
+
+var byteUnits = []struct {
+	name string
+	size int64
+}{{"TB", 1 << 40}, {"GB", 1 << 30}, {"MB", 1 << 20}, {"kB", 1 << 10}}
+
+func (n *Bytes) UnmarshalText(b []byte) error {
+	number, unit := string(b), int64(1)
+	for _, u := range byteUnits {
+		if rest, ok := strings.CutSuffix(number, u.name); ok {
+			number, unit = rest, u.size
+			break
+		}
+	}
+	v, err := strconv.ParseInt(strings.TrimSpace(number), 10, 64)
+	if err != nil || v < 0 || v > math.MaxInt64/unit {
+		return errors.New("want an amount, as 64kB, 100MB or 2GB")
+	}
+	*n = Bytes(v * unit)
+	return nil
+}
+
+// MarshalText writes n with the largest unit that divides it.
+func (n Bytes) MarshalText() ([]byte, error) {
+	for _, u := range byteUnits {
+		if n != 0 && int64(n)%u.size == 0 {
+			return []byte(strconv.FormatInt(int64(n)/u.size, 10) + u.name), nil
+		}
+	}
+	return []byte(strconv.FormatInt(int64(n), 10)), nil
+}
 
 // A LogFormat is how log lines look.
 type LogFormat string

@@ -104,6 +104,24 @@ func TestLocationRoundTrip(t *testing.T) {
 	}
 }
 
+func TestAmounts(t *testing.T) {
+	for text, want := range map[string]config.Bytes{"0": 0, "1023": 1023, "64kB": 64 << 10, "100MB": 100 << 20, "2GB": 2 << 30, "1TB": 1 << 40} {
+		var n config.Bytes
+		if err := n.UnmarshalText([]byte(text)); err != nil || n != want {
+			t.Errorf("%q = %d, %v, want %d", text, n, err, want)
+		}
+		if back, err := n.MarshalText(); err != nil || string(back) != text {
+			t.Errorf("%d is written %q, %v, want %q", n, back, err, text)
+		}
+	}
+	for _, text := range []string{"", "MB", "-1MB", "1.5GB", "100 mb", "9223372036854775807kB", "1PB"} {
+		var n config.Bytes
+		if err := n.UnmarshalText([]byte(text)); err == nil {
+			t.Errorf("%q = %d, want an error", text, n)
+		}
+	}
+}
+
 func TestDurations(t *testing.T) {
 	for text, want := range map[string]time.Duration{
 		"90s": 90 * time.Second, "10m": 10 * time.Minute, "6h": 6 * time.Hour, "7d": 7 * 24 * time.Hour, "0s": 0, "1h30m": 90 * time.Minute,
