@@ -124,6 +124,18 @@ func (r *Repo) sameWAL(ctx context.Context, a Archive, n pg.WALName, want walHea
 	return o.finish()
 }
 
+// CheckWAL reads a file of the archive and compares what is stored with its
+// signed header. That takes no key. It fails with store.ErrNotExist where the
+// store says that there is no such object.
+func (r *Repo) CheckWAL(ctx context.Context, a Archive, n pg.WALName) error {
+	o, err := r.openWAL(ctx, a, n)
+	if err == nil {
+		err = o.finish()
+		o.Close()
+	}
+	return wrap("check", a.key(n), err)
+}
+
 // ReadWAL writes the content of a file of the archive to w, and returns its
 // SHA-256. What w got counts only if there is no error: then its signature,
 // place, size and SHA-256 are those of the file that was archived. It fails with

@@ -34,6 +34,15 @@ func segment(t *testing.T) (pg.WALName, []byte) {
 	return n, content
 }
 
+func next(t *testing.T, n pg.WALName) pg.WALName {
+	t.Helper()
+	n, err := n.Next(1 << 20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
 func object(t *testing.T, st store.Store, key string) []byte {
 	t.Helper()
 	rc, err := st.Get(ctx, key, store.Range{})
@@ -107,6 +116,13 @@ func TestDamagedWALIsNeverDelivered(t *testing.T) {
 		if err := b.r.PutWAL(ctx, archive, n, content); err != nil {
 			t.Fatal(err)
 		}
+		host := b.open(t, b.host) // opens no data
+		if err := host.CheckWAL(ctx, archive, n); err != nil {
+			t.Error(err)
+		}
+		if err := host.CheckWAL(ctx, archive, next(t, n)); !errors.Is(err, store.ErrNotExist) {
+			t.Errorf("a segment that is not there: %v", err)
+		}
 		sound := object(t, b.st, walKey)
 		rnd := rand.New(rand.NewPCG(3, 4))
 		damaged := [][]byte{nil, sound[:5], sound[:9], sound[:len(sound)-1], append(bytes.Clone(sound), 0)}
@@ -124,6 +140,9 @@ func TestDamagedWALIsNeverDelivered(t *testing.T) {
 			if _, err := b.r.ReadWAL(ctx, archive, n, io.Discard); !errors.Is(err, fail.Corrupt) {
 				t.Errorf("damage %d: read: %v, want %v", i, err, fail.Corrupt)
 			}
+			if err := host.CheckWAL(ctx, archive, n); !errors.Is(err, fail.Corrupt) {
+				t.Errorf("damage %d: checked: %v, want %v", i, err, fail.Corrupt)
+			}
 			if err := b.r.PutWAL(ctx, archive, n, content); !errors.Is(err, fail.Corrupt) {
 				t.Errorf("damage %d: archived again: %v, want %v", i, err, fail.Corrupt)
 			}
@@ -138,10 +157,6 @@ func TestWALOfAnotherPlaceIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	stored := object(t, b.st, walKey)
-	next, err := n.Next(1 << 20)
-	if err != nil {
-		t.Fatal(err)
-	}
 	system, cluster := archive, archive
 	system.System++
 	cluster.Cluster = "other"
@@ -150,7 +165,7 @@ func TestWALOfAnotherPlaceIsRefused(t *testing.T) {
 		n    pg.WALName
 		want fail.Kind
 	}{
-		"clusters/main/wal/7300000000000000001-15/00000001/000000010000000000000043.zst":  {archive, next, fail.Corrupt},
+		"clusters/main/wal/7300000000000000001-15/00000001/000000010000000000000043.zst":  {archive, next(t, n), fail.Corrupt},
 		"clusters/main/wal/7300000000000000002-15/00000001/000000010000000000000042.zst":  {system, n, fail.WrongSystem},
 		"clusters/other/wal/7300000000000000001-15/00000001/000000010000000000000042.zst": {cluster, n, fail.WrongSystem},
 	} {
@@ -162,18 +177,19 @@ func TestWALOfAnotherPlaceIsRefused(t *testing.T) {
 		}
 	}
 	stranger := b.operator
+	var err error
 	if stranger.Signer, err = seal.NewSigner(); err != nil {
 		t.Fatal(err)
 	}
 	stranger.Trusted = []seal.PublicKey{b.operator.Signer.Public()}
-	if err := b.open(t, stranger).PutWAL(ctx, archive, next, content); !errors.Is(err, fail.Corrupt) { // 43 holds 42's
+	if err := b.open(t, stranger).PutWAL(ctx, archive, next(t, n), content); !errors.Is(err, fail.Corrupt) { // 43 holds 42's
 		t.Errorf("archived over a misplaced object: %v", err)
 	}
-	next, _ = next.Next(1 << 20)
-	if err := b.open(t, stranger).PutWAL(ctx, archive, next, content); err != nil {
+	free := next(t, next(t, n))
+	if err := b.open(t, stranger).PutWAL(ctx, archive, free, content); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := b.r.ReadWAL(ctx, archive, next, io.Discard); !errors.Is(err, fail.Untrusted) {
+	if _, err := b.r.ReadWAL(ctx, archive, free, io.Discard); !errors.Is(err, fail.Untrusted) {
 		t.Errorf("signed by a stranger: %v, want %v", err, fail.Untrusted)
 	}
 }
