@@ -43,6 +43,8 @@ const (
 	Stalled    Kind = "stalled" // a child process made no progress
 	DumpFailed Kind = "dump-failed"
 	SpoolLost  Kind = "spool-lost" // the dump that was to be sent is not there
+	Promoted   Kind = "promoted"   // a standby stopped being one
+	FilesLost  Kind = "files-lost" // a directory that holds a part of the cluster is gone
 
 	RestoreFailed Kind = "restore-failed" // what it restored into holds a part
 
@@ -79,6 +81,8 @@ var kinds = map[Kind]row{
 	DumpFailed:     {exit: 37, retry: true, means: "pg_dump or pg_dumpall ended with an error", hint: "the worker's log holds what pg_dump said"},
 	SpoolLost:      {exit: 39, means: "the dump that was to be sent is not in the spool any more", hint: "take a new backup; and do not clean the spool directory by other means than pgkeep"},
 	RestoreFailed:  {exit: 38, means: "pg_restore ended with an error, and the database holds a part of the backup", hint: "the log holds what pg_restore said; drop that database before the next try"},
+	Promoted:       {exit: 44, retry: true, means: "a standby was promoted while it was being copied", hint: "the next attempt copies the new primary; is that what you want?"},
+	FilesLost:      {exit: 45, means: "the data directory, or a tablespace, is not there any more", hint: "is a file system not mounted? Nothing was taken for dropped"},
 	TemporalDown:   {exit: 40, retry: true, means: "the Temporal server does not answer", hint: "is the Temporal server up? list, show, verify and restore work without it"},
 	Stopping:       {exit: 41, retry: true, means: "the worker was told to stop; another attempt goes on from here"},
 	Cancelled:      {exit: 42, means: "somebody cancelled it"},

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net"
 	"os"
@@ -94,23 +95,14 @@ func PostgresForTest(t testing.TB, opt PostgresOptions) *Postgres {
 
 func newPostgres(opt PostgresOptions) (*Postgres, error) {
 	p := &Postgres{opt: opt, BinDir: opt.BinDir, Port: 5432, dir: opt.Dir}
+	var err error
 	if p.BinDir == "" {
-		var err error
 		if p.BinDir, err = newestBinDir(); err != nil {
 			return nil, err
 		}
 	}
-	if os.Getuid() == 0 { // PostgreSQL refuses to run as root
-		u, err := user.Lookup("postgres")
-		if err != nil {
-			return nil, err
-		}
-		uid, uerr := strconv.ParseUint(u.Uid, 10, 32)
-		gid, gerr := strconv.ParseUint(u.Gid, 10, 32)
-		if err := errors.Join(uerr, gerr); err != nil {
-			return nil, err
-		}
-		p.cred = &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
+	if p.cred, err = serverUser(); err != nil {
+		return nil, err
 	}
 	if p.dir == "" {
 		dir, err := os.MkdirTemp("", "pgkeep-pg-")
@@ -128,6 +120,51 @@ func newPostgres(opt PostgresOptions) (*Postgres, error) {
 		p.Port = port
 	}
 	return p, nil
+}
+
+// serverUser is the OS user that servers run as; nil: the one we are.
+func serverUser() (*syscall.Credential, error) {
+	if os.Getuid() != 0 { // PostgreSQL refuses to run as root
+		return nil, nil
+	}
+	u, err := user.Lookup("postgres")
+	if err != nil {
+		return nil, err
+	}
+	uid, uerr := strconv.ParseUint(u.Uid, 10, 32)
+	gid, gerr := strconv.ParseUint(u.Gid, 10, 32)
+	return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, errors.Join(uerr, gerr)
+}
+
+// DirForTest makes an empty directory that servers may use, for the time of the
+// test; testing's own directories are closed to other OS users.
+func DirForTest(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "pgkeep-pg-")
+	if err == nil {
+		t.Cleanup(func() {
+			if err := os.RemoveAll(dir); err != nil {
+				t.Error(err)
+			}
+		})
+		err = Own(dir)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// Own gives a file, or a directory and all that is in it, to the OS user that
+// servers run as.
+func Own(path string) error {
+	cred, err := serverUser()
+	if cred == nil || err != nil {
+		return err
+	}
+	return filepath.WalkDir(path, func(path string, _ fs.DirEntry, err error) error {
+		return errors.Join(err, os.Lchown(path, int(cred.Uid), int(cred.Gid)))
+	})
 }
 
 // newestBinDir finds the programs of the newest major version as Debian

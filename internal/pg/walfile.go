@@ -3,7 +3,6 @@ package pg
 import (
 	"encoding/binary"
 	"fmt"
-	"math"
 	"strconv"
 	"strings"
 )
@@ -199,29 +198,4 @@ func majorOf(magic uint16) int {
 		return 18
 	}
 	return 0
-}
-
-// A ControlFile is a little of global/pg_control (ControlFileData in
-// catalog/pg_control.h).
-type ControlFile struct {
-	System      SystemID
-	Timeline    Timeline // of the last checkpoint
-	SegmentSize SegmentSize
-}
-
-// ParseControl reads global/pg_control of PostgreSQL 13 to 18 on a little-endian
-// machine. A constant that PostgreSQL keeps there tells whether the fields stand
-// where they should.
-func ParseControl(b []byte) (ControlFile, error) {
-	const version, timeline, float, segment = 8, 48, 208, 228
-	if len(b) < segment+4 {
-		return ControlFile{}, fmt.Errorf("pg_control: %d bytes are too few", len(b))
-	}
-	le := binary.LittleEndian
-	c := ControlFile{SystemID(le.Uint64(b)), Timeline(le.Uint32(b[timeline:])), SegmentSize(le.Uint32(b[segment:]))}
-	if v := le.Uint32(b[version:]); v < 1300 || v >= 1900 || math.Float64frombits(le.Uint64(b[float:])) != 1234567 ||
-		c.System == 0 || c.Timeline == 0 || !c.SegmentSize.Valid() {
-		return ControlFile{}, fmt.Errorf("pg_control: of no PostgreSQL that is known here (version %d)", v)
-	}
-	return c, nil
 }

@@ -1,0 +1,177 @@
+package pgdata_test
+
+import (
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/pgkeep/pgkeep/internal/cluster"
+	"github.com/pgkeep/pgkeep/internal/lab"
+	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/pgdata"
+)
+
+// A copy is a backup of a server as plain files, made the way pgkeep makes one,
+// without a repository.
+type copied struct {
+	dir     string // for lab.PostgresOptions.Dir
+	files   []pgdata.File
+	damaged map[string][]int64
+	start   cluster.Started
+	stop    cluster.Stopped
+	notes   []string
+}
+
+// takeCopy copies a running server. During is called between start and stop,
+// when all is listed and nothing is read.
+func takeCopy(t *testing.T, p *lab.Postgres, opt pgdata.Options) *copied {
+	t.Helper()
+	ctx := t.Context()
+	c := cluster.Cluster{Conninfo: p.Conninfo(), BinDir: p.BinDir}
+	s, err := c.StartBackup(ctx, "a copy", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Abort()
+	k := &copied{dir: lab.DirForTest(t), start: s.Start, damaged: make(map[string][]int64)}
+	opt.Config, opt.LogDirectory = s.Start.Config, s.Start.LogDirectory
+	opt.Note = func(path, why string) { k.notes = append(k.notes, path+": "+why) }
+	d, err := pgdata.Open(s.Start.DataDirectory, opt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	control, _, err := d.Control(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Start.Check(control); err != nil {
+		t.Fatal(err)
+	}
+	check := pgdata.PageCheck{Start: s.Start.LSN, Now: func() (pg.LSN, error) { return s.Position(ctx) }}
+	var paths []string
+	for f, err := range d.Files(ctx) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		paths = append(paths, f.Path)
+		k.take(t, d, f, check)
+	}
+	if !slices.IsSorted(paths) {
+		t.Error("the listing is not in order")
+	}
+	if err := s.Check(ctx); err != nil {
+		t.Fatal(err)
+	}
+	_, content, err := d.Control(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if k.stop, err = s.Stop(ctx); err != nil {
+		t.Fatal(err)
+	}
+	k.write(t, "data/global/pg_control", content)
+	k.write(t, "data/backup_label", []byte(k.stop.Label))
+	if k.stop.TablespaceMap != "" {
+		k.write(t, "data/tablespace_map", []byte(strings.ReplaceAll(k.stop.TablespaceMap, "/ts", "/ts-copy")))
+	}
+	return k
+}
+
+func (k *copied) take(t *testing.T, d *pgdata.Dir, f pgdata.File, check pgdata.PageCheck) {
+	t.Helper()
+	to := filepath.Join(k.dir, f.Path)
+	if f.Dir {
+		if err := os.MkdirAll(to, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		k.files = append(k.files, f)
+		return
+	}
+	if f.Link != "" {
+		k.files = append(k.files, f)
+		return
+	}
+	src, err := d.OpenFile(t.Context(), f, check)
+	if errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer src.Close()
+	content, err := io.ReadAll(io.NewSectionReader(src, 0, src.Size()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := src.Damaged(); len(d) > 0 {
+		k.damaged[f.Path] = d
+	}
+	k.write(t, f.Path, content)
+	k.files = append(k.files, f)
+}
+
+func (k *copied) write(t *testing.T, path string, content []byte) {
+	t.Helper()
+	to := filepath.Join(k.dir, path)
+	if err := os.MkdirAll(filepath.Dir(to), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(to, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// restore makes the copy a server of its own, with the log that p has.
+func (k *copied) restore(t *testing.T, p *lab.Postgres, opt lab.PostgresOptions) *lab.Postgres {
+	t.Helper()
+	wal, err := os.ReadDir(filepath.Join(p.DataDir, "pg_wal"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range wal {
+		if len(e.Name()) == 24 && e.Name() >= k.start.FirstWAL || strings.HasSuffix(e.Name(), ".history") {
+			b, err := os.ReadFile(filepath.Join(p.DataDir, "pg_wal", e.Name()))
+			if err != nil {
+				t.Fatal(err)
+			}
+			k.write(t, "data/pg_wal/"+e.Name(), b)
+		}
+	}
+	if err := lab.Own(k.dir); err != nil {
+		t.Fatal(err)
+	}
+	opt.Dir, opt.BinDir = k.dir, p.BinDir
+	return lab.PostgresForTest(t, opt)
+}
+
+func TestCopyOfALiveClusterStarts(t *testing.T) {
+	ctx := t.Context()
+	p := lab.PostgresForTest(t, lab.PostgresOptions{})
+	exec := func(sql ...string) {
+		t.Helper()
+		if err := p.Exec(ctx, "postgres", sql...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exec("CREATE TABLE t AS SELECT generate_series(1, 10000) AS n", "CREATE UNLOGGED TABLE u AS SELECT 1 AS n")
+	k := takeCopy(t, p, pgdata.Options{})
+	if len(k.damaged) > 0 || len(k.notes) > 0 {
+		t.Errorf("damaged: %v, notes: %q", k.damaged, k.notes)
+	}
+	r := k.restore(t, p, lab.PostgresOptions{})
+	conn, err := r.Connect(ctx, "postgres")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(ctx)
+	var n, u int
+	if err := conn.QueryRow(ctx, "SELECT (SELECT count(*) FROM t), (SELECT count(*) FROM u)").Scan(&n, &u); err != nil || n != 10000 || u != 0 {
+		t.Errorf("%d rows, %d unlogged, %v; want 10000, 0", n, u, err)
+	}
+}
