@@ -89,5 +89,3 @@ func controlCRC(c Control) int {
 	}
 	return 292
 }
-
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
