@@ -78,10 +78,10 @@ func TestWrongCommandLines(t *testing.T) {
 	}
 }
 
-// A world is a PostgreSQL that archives 1 MiB segments to a real S3 server, with
+// A world is a PostgreSQL that archives small segments to a real S3 server, with
 // the program as it is shipped. What archives holds no key that opens data.
 type world struct {
-	t             *testing.T
+	t             testing.TB
 	dir           string // all below belongs to PostgreSQL's OS user
 	cred          *syscall.Credential
 	program       string
@@ -92,7 +92,7 @@ type world struct {
 
 const rows = 20
 
-func newWorld(t *testing.T) *world {
+func newWorld(t testing.TB, segmentMB int) *world {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "pgkeep-wal-")
 	if err != nil {
@@ -149,7 +149,7 @@ func newWorld(t *testing.T) *world {
 	if _, _, err := repo.Init(t.Context(), st, access, []string{operator.Recipient().String()}, time.Now()); err != nil {
 		t.Fatal(err)
 	}
-	w.pg = lab.PostgresForTest(t, lab.PostgresOptions{WALSegmentMB: 1, Settings: map[string]string{
+	w.pg = lab.PostgresForTest(t, lab.PostgresOptions{WALSegmentMB: segmentMB, Settings: map[string]string{
 		"archive_mode": "on", "archive_command": w.program + " push --config " + w.host + " %p", "wal_keep_size": "500MB"}})
 	return w
 }
@@ -286,7 +286,7 @@ func (w *world) object(name string) string {
 
 // TestArchive tells the story of one archive, on real parts.
 func TestArchive(t *testing.T) {
-	w := newWorld(t)
+	w := newWorld(t, 1)
 	base, segments := w.fill()
 	pgwal := filepath.Join(w.pg.DataDir, "pg_wal")
 	target := filepath.Join(w.dir, "fetched")
@@ -442,7 +442,7 @@ func connected(t *testing.T, pid int) {
 	t.Fatal("it does not connect to anything")
 }
 
-func read(t *testing.T, path string) []byte {
+func read(t testing.TB, path string) []byte {
 	t.Helper()
 	b, err := os.ReadFile(path)
 	if err != nil {
@@ -451,7 +451,7 @@ func read(t *testing.T, path string) []byte {
 	return b
 }
 
-func same(t *testing.T, want, got string) {
+func same(t testing.TB, want, got string) {
 	t.Helper()
 	if !bytes.Equal(read(t, want), read(t, got)) {
 		t.Errorf("%s is not %s", got, want)

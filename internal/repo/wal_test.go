@@ -78,10 +78,10 @@ func TestWALComesBackAndIsNeverReplaced(t *testing.T) {
 			t.Error("the object was replaced")
 		}
 		var got bytes.Buffer
-		if _, err := b.r.ReadWAL(ctx, archive, n, &got); err != nil || !bytes.Equal(got.Bytes(), content) {
+		if err := b.r.ReadWAL(ctx, archive, n, &got); err != nil || !bytes.Equal(got.Bytes(), content) {
 			t.Errorf("read %d bytes, %v", got.Len(), err)
 		}
-		if _, err := host.ReadWAL(ctx, archive, n, io.Discard); encrypted && !errors.Is(err, fail.NoKey) {
+		if err := host.ReadWAL(ctx, archive, n, io.Discard); encrypted && !errors.Is(err, fail.NoKey) {
 			t.Errorf("a host without a key reads: %v", err)
 		}
 		var listed []pg.WALName
@@ -137,7 +137,7 @@ func TestDamagedWALIsNeverDelivered(t *testing.T) {
 			if err := b.st.Put(ctx, walKey, bytes.NewReader(d), store.PutOptions{}); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := b.r.ReadWAL(ctx, archive, n, io.Discard); !errors.Is(err, fail.Corrupt) {
+			if err := b.r.ReadWAL(ctx, archive, n, io.Discard); !errors.Is(err, fail.Corrupt) {
 				t.Errorf("damage %d: read: %v, want %v", i, err, fail.Corrupt)
 			}
 			if err := host.CheckWAL(ctx, archive, n); !errors.Is(err, fail.Corrupt) {
@@ -172,7 +172,7 @@ func TestWALOfAnotherPlaceIsRefused(t *testing.T) {
 		if err := b.st.Put(ctx, key, bytes.NewReader(stored), store.PutOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := b.r.ReadWAL(ctx, tt.a, tt.n, io.Discard); !errors.Is(err, tt.want) {
+		if err := b.r.ReadWAL(ctx, tt.a, tt.n, io.Discard); !errors.Is(err, tt.want) {
 			t.Errorf("%s: %v, want %v", key, err, tt.want)
 		}
 	}
@@ -189,7 +189,7 @@ func TestWALOfAnotherPlaceIsRefused(t *testing.T) {
 	if err := b.open(t, stranger).PutWAL(ctx, archive, free, content); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := b.r.ReadWAL(ctx, archive, free, io.Discard); !errors.Is(err, fail.Untrusted) {
+	if err := b.r.ReadWAL(ctx, archive, free, io.Discard); !errors.Is(err, fail.Untrusted) {
 		t.Errorf("signed by a stranger: %v, want %v", err, fail.Untrusted)
 	}
 }

@@ -197,8 +197,7 @@ func Fetch(ctx context.Context, r *repo.Repo, cluster string, s Server, name, pa
 	}
 	a := s.archive(cluster)
 	err = durable.WriteFile(path, 0o600, func(w io.Writer) error {
-		_, err := read(ctx, r, a, n, s, w)
-		return err
+		return read(ctx, r, a, n, s, w)
 	})
 	if errors.Is(err, store.ErrNotExist) {
 		err = absent(ctx, r, a, n, s)
@@ -209,24 +208,24 @@ func Fetch(ctx context.Context, r *repo.Repo, cluster string, s Server, name, pa
 	return nil
 }
 
-// read writes a verified file of the archive to w, and returns its SHA-256.
-func read(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName, s Server, w io.Writer) (sum []byte, err error) {
+// read writes a verified file of the archive to w.
+func read(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName, s Server, w io.Writer) error {
 	if n.Kind == pg.History || n.Kind == pg.BackupHistory {
 		var content bytes.Buffer
-		if sum, err = r.ReadWAL(ctx, a, n, &content); err != nil {
-			return nil, err
+		if err := r.ReadWAL(ctx, a, n, &content); err != nil {
+			return err
 		}
 		if err := check(n, s, content.Bytes()); err != nil {
-			return nil, err
+			return err
 		}
 		_, err := w.Write(content.Bytes())
-		return sum, err
+		return err
 	}
 	p := &peek{w: w}
-	if sum, err = r.ReadWAL(ctx, a, n, p); err != nil {
-		return nil, err
+	if err := r.ReadWAL(ctx, a, n, p); err != nil {
+		return err
 	}
-	return sum, checkHead(n, s, p.head, p.size)
+	return checkHead(n, s, p.head, p.size)
 }
 
 // A peek remembers the beginning of what passes.
@@ -309,7 +308,7 @@ func forked(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName, s S
 	for t := n.Timeline + 1; t != 0; t++ {
 		h := pg.HistoryName(t)
 		var text bytes.Buffer
-		_, err := r.ReadWAL(ctx, a, h, &text)
+		err := r.ReadWAL(ctx, a, h, &text)
 		if errors.Is(err, store.ErrNotExist) {
 			break
 		}

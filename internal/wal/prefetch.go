@@ -157,9 +157,9 @@ func (sh *shelf) fetch(ctx context.Context, f Fetcher, r *repo.Repo, s Server, n
 		return err
 	}
 	defer sh.wal.Remove(part) // gone already, once renamed
-	sum, err := read(ctx, r, s.archive(f.Cluster), n, s, file)
+	sum, err := r.CopyWAL(ctx, s.archive(f.Cluster), n, file)
 	if err == nil {
-		err = file.Sync() // so that Fetch has less to wait for
+		err = file.Sync() // before it gets its label
 	}
 	if err := errors.Join(err, file.Close()); err != nil {
 		return err
@@ -224,7 +224,11 @@ func (f Fetcher) open(s Server) (*shelf, error) {
 // another owner is of no use: a restored copy of the data directory is another,
 // and so is another repository.
 func (f Fetcher) owner(s Server) (string, error) {
-	sum := sha256.Sum256(fmt.Appendf(nil, "%q %q %v %d %d", f.Place, f.Cluster, s.System, s.Major, s.SegmentSize))
+	i, err := OpenInstance(f.DataDir)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.Sum256(fmt.Appendf(nil, "%q %q %v %d %d %q", f.Place, f.Cluster, s.System, s.Major, s.SegmentSize, i.ID))
 	return hex.EncodeToString(sum[:16]), nil
 }
 
@@ -382,7 +386,7 @@ func (sh *shelf) keep(names []pg.WALName) (map[pg.WALName]bool, error) {
 }
 
 // deliver moves a segment from the shelf to the file called name in pg_wal. It
-// reports whether it is there: verified, and on disk. A segment that is on its
+// reports whether it is there, verified; its content is on disk. A segment that is on its
 // way is waited for.
 func (sh *shelf) deliver(ctx context.Context, n pg.WALName, s Server, name string) bool {
 	if sh == nil {
@@ -396,7 +400,9 @@ func (sh *shelf) deliver(ctx context.Context, n pg.WALName, s Server, name strin
 		sh.wal.Remove(from)
 		return false
 	}
-	return sh.wal.Rename(from, name) == nil && durable.SyncDir(sh.wal, ".") == nil
+	// PostgreSQL moves the file at once, and syncs the directory then
+	// (KeepFileRestoredFromArchive in access/transam/xlogarchive.c).
+	return sh.wal.Rename(from, name) == nil
 }
 
 // await returns the file of a segment and the SHA-256 that it ought to have, or
@@ -430,8 +436,7 @@ func (sh *shelf) await(ctx context.Context, n pg.WALName) (name string, sum []by
 	}
 }
 
-// verify compares a file on the shelf with what it is said to be, and puts it on
-// disk.
+// verify compares a file on the shelf with what it is said to be.
 func (sh *shelf) verify(name string, n pg.WALName, s Server, sum []byte) error {
 	file, err := sh.wal.Open(name)
 	if err != nil {
@@ -449,5 +454,5 @@ func (sh *shelf) verify(name string, n pg.WALName, s Server, sum []byte) error {
 	if !bytes.Equal(have.Sum(nil), sum) {
 		return fmt.Errorf("%s: not what was fetched", name)
 	}
-	return file.Sync()
+	return nil
 }
