@@ -3,7 +3,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -21,7 +20,6 @@ import (
 
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
-	"github.com/pgkeep/pgkeep/internal/open"
 	"github.com/pgkeep/pgkeep/internal/wal"
 )
 
@@ -33,7 +31,10 @@ const usage = `pgkeep-wal keeps PostgreSQL's write-ahead log in the repository o
   archive_command = 'pgkeep-wal push %p'
   restore_command = 'pgkeep-wal fetch %f %p'
 
-Options, after push or fetch:
+  pgkeep-wal claim      from now on this copy of the data directory archives its
+                        timeline: after a move, when the other copy is gone
+
+Options, after push, fetch or claim:
   --config FILE     configuration, in place of ` + config.DefaultFile + `
   --cluster NAME    one of the clusters in it, if there are several
   --pgdata DIR      data directory; PostgreSQL runs the commands there
@@ -44,7 +45,7 @@ Exit statuses: https://github.com/pgkeep/pgkeep/blob/main/docs/ERRORS.md
 
 func main() {
 	switch verbOf(os.Args) {
-	case push, ahead:
+	case push, claim, ahead:
 	default:
 		// A crash must not end with status 2, which says "end of the log": it
 		// dies by a signal, and PostgreSQL stops.
@@ -59,6 +60,7 @@ func main() {
 const (
 	push  = "push"
 	fetch = "fetch"
+	claim = "claim"
 	ahead = "ahead" // of no use to people: see ahead.go
 )
 
@@ -77,7 +79,7 @@ func run(ctx context.Context, args, environ []string, out, errw io.Writer) int {
 	case errors.Is(err, flag.ErrHelp):
 		return 0
 	case err == nil:
-		err = c.bounded(ctx, environ, errw)
+		err = c.bounded(ctx, environ, out, errw)
 	}
 	if err == nil {
 		return 0
@@ -118,12 +120,12 @@ type call struct {
 
 func parse(args []string, out io.Writer) (c call, err error) {
 	c.verb = verbOf(args)
-	if !slices.Contains([]string{push, fetch, ahead}, c.verb) {
+	if !slices.Contains([]string{push, fetch, claim, ahead}, c.verb) {
 		if len(args) == 2 && slices.Contains([]string{"help", "--help", "-h"}, args[1]) {
 			io.WriteString(out, usage)
 			return c, flag.ErrHelp
 		}
-		return c, config.Errorf("want push %%p or fetch %%f %%p; see pgkeep-wal --help")
+		return c, config.Errorf("want push %%p, fetch %%f %%p or claim; see pgkeep-wal --help")
 	}
 	f := flag.NewFlagSet(c.verb, flag.ContinueOnError)
 	f.SetOutput(io.Discard)
@@ -142,9 +144,9 @@ func parse(args []string, out io.Writer) (c call, err error) {
 		c.path = f.Arg(0)
 	case c.verb == fetch && f.NArg() == 2:
 		c.name, c.path = f.Arg(0), f.Arg(1)
-	case c.verb == ahead && f.NArg() == 0:
+	case (c.verb == claim || c.verb == ahead) && f.NArg() == 0:
 	default:
-		return c, config.Errorf("%s: %d arguments; want push %%p or fetch %%f %%p", c.verb, f.NArg())
+		return c, config.Errorf("%s: %d arguments; want push %%p, fetch %%f %%p or claim", c.verb, f.NArg())
 	}
 	if !filepath.IsAbs(c.path) {
 		c.path = filepath.Join(c.pgdata, c.path)
@@ -160,7 +162,7 @@ func parse(args []string, out io.Writer) (c call, err error) {
 const grace = time.Second
 
 // bounded does the work under one deadline.
-func (c call) bounded(ctx context.Context, environ []string, errw io.Writer) error {
+func (c call) bounded(ctx context.Context, environ []string, out, errw io.Writer) error {
 	stopped := ctx
 	if c.verb != ahead { // which ends by itself
 		var cancel context.CancelFunc
@@ -168,7 +170,7 @@ func (c call) bounded(ctx context.Context, environ []string, errw io.Writer) err
 		defer cancel()
 	}
 	done := make(chan error, 1)
-	go func() { done <- c.do(ctx, environ, errw) }()
+	go func() { done <- c.do(ctx, environ, out, errw) }()
 	var err error
 	select {
 	case err = <-done:
@@ -190,7 +192,7 @@ func (c call) bounded(ctx context.Context, environ []string, errw io.Writer) err
 	return err
 }
 
-func (c call) do(ctx context.Context, environ []string, errw io.Writer) error {
+func (c call) do(ctx context.Context, environ []string, out, errw io.Writer) error {
 	hostname, err := os.Hostname()
 	if err != nil {
 		return fmt.Errorf("name of this host: %w", err)
@@ -205,7 +207,9 @@ func (c call) do(ctx context.Context, environ []string, errw io.Writer) error {
 	}
 	switch c.verb {
 	case push:
-		return c.push(ctx, cfg)
+		return c.pusher(cfg).Push(ctx, c.path)
+	case claim:
+		return c.claim(ctx, cfg, out)
 	case ahead:
 		return c.fetcher(cfg).Prefetch(ctx)
 	}
@@ -216,18 +220,6 @@ func (c call) do(ctx context.Context, environ []string, errw io.Writer) error {
 		}
 	}
 	return f.Fetch(ctx, c.name, c.path)
-}
-
-func (c call) push(ctx context.Context, cfg *config.Config) error {
-	server, err := wal.ReadServer(c.pgdata)
-	if err != nil {
-		return err
-	}
-	r, err := open.Repository(ctx, cfg, cmp.Or(version, "unknown"))
-	if err != nil {
-		return err
-	}
-	return wal.Push(ctx, r, c.cluster, server, c.path)
 }
 
 // clusterOf returns the cluster that is meant: the one named, or the only one.

@@ -132,6 +132,8 @@ type Logical struct {
 // WAL says how pgkeep-wal archives the write-ahead log of a cluster, and brings
 // it back.
 type WAL struct {
+	// How many files `pgkeep-wal push` sends at a time, while others wait behind the one that PostgreSQL asks for. 1: only that one. 0: one for each core, two at least, as far as they take 48 MiB.
+	Parallel int `yaml:"parallel" default:"0"`
 	// How many segments a recovery has ready before PostgreSQL asks for them, in `pg_wal/pgkeep`; at most 256 MiB of them. 0: none.
 	Prefetch int `yaml:"prefetch" default:"8"`
 	// How long a recovery waits for a segment that is missing while a later one is there: several are archived at a time, and not always in order.
@@ -263,6 +265,9 @@ func (c *Config) check(problem func(path, format string, args ...any)) {
 	for _, name := range slices.Sorted(maps.Keys(c.Clusters)) {
 		if jobs := c.Clusters[name].Logical.Jobs; jobs < 1 {
 			problem(fmt.Sprintf("clusters.%s.logical.jobs", name), "jobs is %d, and must be 1 at least", jobs)
+		}
+		if n := c.Clusters[name].WAL.Parallel; n < 0 {
+			problem(fmt.Sprintf("clusters.%s.wal.parallel", name), "parallel is %d, and must not be negative", n)
 		}
 		if n := c.Clusters[name].WAL.Prefetch; n < 0 {
 			problem(fmt.Sprintf("clusters.%s.wal.prefetch", name), "prefetch is %d, and must be 0 at least", n)

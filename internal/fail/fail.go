@@ -22,12 +22,14 @@ const (
 
 	WrongSystem Kind = "wrong-system" // the repository belongs to another cluster
 	WALConflict Kind = "wal-conflict" // another file of that name is archived
-	NoBackup    Kind = "no-backup"
-	Corrupt     Kind = "corrupt"
-	Untrusted   Kind = "untrusted"   // not signed, or by a key that is not pinned
-	NoKey       Kind = "no-key"      // encrypted, and no key here opens it
-	Unsupported Kind = "unsupported" // written by a newer pgkeep
-	NotEmpty    Kind = "not-empty"   // the restore target holds something already
+	// TimelineTaken: another copy of the data directory archives it.
+	TimelineTaken Kind = "timeline-taken"
+	NoBackup      Kind = "no-backup"
+	Corrupt       Kind = "corrupt"
+	Untrusted     Kind = "untrusted"   // not signed, or by a key that is not pinned
+	NoKey         Kind = "no-key"      // encrypted, and no key here opens it
+	Unsupported   Kind = "unsupported" // written by a newer pgkeep
+	NotEmpty      Kind = "not-empty"   // the restore target holds something already
 
 	AlreadyRunning Kind = "already-running"
 
@@ -62,6 +64,7 @@ var kinds = map[Kind]row{
 	BadConfig:      {exit: 2, means: "the configuration, a flag or an argument is wrong", hint: "see pgkeep --help, and pgkeep config show for the settings in force"},
 	WrongSystem:    {exit: 10, means: "the repository belongs to another PostgreSQL cluster than the one at hand", hint: "is this the repository of another cluster, or was initdb run again? Give the new cluster its own name"},
 	WALConflict:    {exit: 11, means: "the archive holds another file under the name of this one", hint: "two servers archive as one cluster: give one of them another cluster name. Nothing was replaced"},
+	TimelineTaken:  {exit: 12, means: "the timeline is archived by another server, or by another copy of this one", hint: "if this is the same server, moved or restored in its place, and the other one is gone: pgkeep-wal claim, in its data directory. If it is a clone, give it a cluster name of its own. Nothing was written"},
 	NoBackup:       {exit: 13, means: "there is no such backup, or none that serves the request", hint: "pgkeep list shows what there is"},
 	Corrupt:        {exit: 14, means: "what is stored is not what was written: a digest differs, or something is missing", hint: "run pgkeep verify to see what else is damaged, and restore from another backup"},
 	Untrusted:      {exit: 15, means: "a manifest is not signed, or its signer is not pinned here", hint: "if you know that signer, pin it under keys.trusted_signers; if not, somebody else wrote this"},

@@ -67,8 +67,8 @@ func (r *Repo) loadEpochs(ctx context.Context) ([]Epoch, error) {
 		if err := r.getSigned(ctx, o.Key, "epoch", &e); err != nil {
 			return nil, err
 		}
-		if e.Number != number || e.Version != version || e.Repository != r.Marker.ID {
-			return nil, fmt.Errorf("%s: belongs to epoch %d.%d of repository %s: %w", o.Key, e.Number, e.Version, e.Repository, fail.Corrupt)
+		if e.Number != number || e.Version != version {
+			return nil, fmt.Errorf("%s: belongs to epoch %d.%d: %w", o.Key, e.Number, e.Version, fail.Corrupt)
 		}
 		if n := len(epochs); n > 0 && epochs[n-1].Number == number {
 			epochs = epochs[:n-1] // keys are listed in order: this version is newer

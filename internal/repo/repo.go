@@ -144,7 +144,13 @@ var errNoRepository = fmt.Errorf("no repository here: %w", fail.BadConfig)
 // Open reads the marker and the keys of a repository.
 func Open(ctx context.Context, st store.Store, a Access) (*Repo, error) {
 	r := &Repo{st: st, access: a}
+	var g sync.WaitGroup
+	var kerr error
+	if a.Encrypted { // the two do not wait for each other
+		g.Go(func() { r.epochs, kerr = r.loadEpochs(ctx) })
+	}
 	err := r.getSigned(ctx, markerKey, "repository", &r.Marker)
+	g.Wait()
 	switch {
 	case errors.Is(err, store.ErrNotExist):
 		return nil, fail.Hint(errNoRepository, "pgkeep init makes one; or is the url of the repository mistyped?")
@@ -156,10 +162,12 @@ func Open(ctx context.Context, st store.Store, a Access) (*Repo, error) {
 	case !r.Marker.Encrypted && a.Encrypted:
 		return nil, fail.Hint(fmt.Errorf("the repository is not encrypted, the configuration demands it: %w", fail.BadConfig),
 			"use a new place and pgkeep init; or, if plain text in the bucket is meant, set repository.encryption: none")
+	case kerr != nil:
+		return nil, fmt.Errorf("open repository: %w", kerr)
 	}
-	if r.Marker.Encrypted {
-		if r.epochs, err = r.loadEpochs(ctx); err != nil {
-			return nil, fmt.Errorf("open repository: %w", err)
+	for _, e := range r.epochs {
+		if e.Repository != r.Marker.ID {
+			return nil, fmt.Errorf("open repository: epoch %d belongs to repository %s: %w", e.Number, e.Repository, fail.Corrupt)
 		}
 	}
 	r.opened = sync.OnceValue(r.openEpochs)

@@ -6,7 +6,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"hash"
 	"io"
@@ -43,72 +42,16 @@ type walHeader struct {
 	Header
 	Archive
 	Name      string `json:"name"`
-	Size      int64  `json:"size"`   // bytes
-	Sum       []byte `json:"sha256"` // of the file
-	Stored    int64  `json:"stored"` // bytes of the body
+	Instance  string `json:"instance,omitempty"` // who wrote it
+	Size      int64  `json:"size"`               // bytes
+	Sum       []byte `json:"sha256"`             // of the file
+	Stored    int64  `json:"stored"`             // bytes of the body
 	StoredSum []byte `json:"stored_sha256"`
 	Epoch     int    `json:"epoch,omitempty"` // whose key opens the body; 0: not encrypted
 }
 
 // maxWALHeader is far above what a walHeader with its signature takes.
 const maxWALHeader = 64 << 10
-
-// PutWAL stores a file of the archive, which is durable when nil is returned.
-// The same content again is success, once all that is stored was read back and
-// compared; other content is fail.WALConflict, and nothing is changed.
-func (r *Repo) PutWAL(ctx context.Context, a Archive, n pg.WALName, content []byte) error {
-	if r.access.Signer == nil {
-		return fail.Hint(fmt.Errorf("archive %v: no signing key: %w", n, fail.BadConfig), "pgkeep key init makes one")
-	}
-	h, body, err := r.sealWAL(a, n, content)
-	if err != nil {
-		return wrap("archive", n.String(), err)
-	}
-	doc, err := r.access.Signer.Sign(h)
-	if err != nil {
-		return wrap("sign", n.String(), err)
-	}
-	object := append(append(encodeSkip(int64(len(doc))), doc...), body...)
-	err = r.st.Put(ctx, a.key(n), bytes.NewReader(object), store.PutOptions{IfAbsent: true})
-	if errors.Is(err, store.ErrExist) {
-		return wrap("compare", a.key(n), r.sameWAL(ctx, a, n, h))
-	}
-	return wrap("write", a.key(n), err)
-}
-
-func (r *Repo) sealWAL(a Archive, n pg.WALName, content []byte) (walHeader, []byte, error) {
-	to, err := r.data()
-	if err != nil {
-		return walHeader{}, nil, err
-	}
-	body := bytes.NewBuffer(make([]byte, 0, len(content)/2+4<<10))
-	ew, err := seal.EncryptTo(body, to...)
-	if err != nil {
-		return walHeader{}, nil, err
-	}
-	zw, err := seal.CompressTo(ew)
-	if err != nil {
-		return walHeader{}, nil, err
-	}
-	_, err = zw.Write(content)
-	if err == nil {
-		err = zw.Close()
-	}
-	if err == nil {
-		err = ew.Close()
-	}
-	sum, stored := sha256.Sum256(content), sha256.Sum256(body.Bytes())
-	return walHeader{Header: r.access.header("wal"), Archive: a, Name: n.String(), Size: int64(len(content)), Sum: sum[:],
-		Stored: int64(body.Len()), StoredSum: stored[:], Epoch: r.epochNumber()}, body.Bytes(), err
-}
-
-// epochNumber is that of the key that content is encrypted to now; 0 for none.
-func (r *Repo) epochNumber() int {
-	if len(r.epochs) == 0 {
-		return 0
-	}
-	return r.epochs[len(r.epochs)-1].Number
-}
 
 // sameWAL fails unless what is stored is what is to be stored, and whole.
 func (r *Repo) sameWAL(ctx context.Context, a Archive, n pg.WALName, want walHeader) error {

@@ -2,7 +2,9 @@ package repo_test
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"testing"
@@ -19,6 +21,15 @@ import (
 const walKey = "clusters/main/wal/7300000000000000001-15/00000001/000000010000000000000042.zst"
 
 var archive = repo.Archive{Cluster: "main", System: 7_300_000_000_000_000_001, Major: 15}
+
+// putWAL archives a file in the name of an instance, without a claim.
+func putWAL(r *repo.Repo, n pg.WALName, content []byte) error {
+	sum, err := r.Archiver(archive, "i1").Put(ctx, repo.WALFile{Name: n, Size: int64(len(content)), Content: bytes.NewReader(content)})
+	if want := sha256.Sum256(content); err == nil && !bytes.Equal(sum, want[:]) {
+		return fmt.Errorf("its SHA-256 is %x, they say %x", want, sum)
+	}
+	return err
+}
 
 func segment(t *testing.T) (pg.WALName, []byte) {
 	t.Helper()
@@ -62,16 +73,16 @@ func TestWALComesBackAndIsNeverReplaced(t *testing.T) {
 		b := setup(t, new(store.Mem), encrypted)
 		host := b.open(t, b.host)
 		n, content := segment(t)
-		if err := host.PutWAL(ctx, archive, n, content); err != nil {
+		if err := putWAL(host, n, content); err != nil {
 			t.Fatal(err)
 		}
 		stored := object(t, b.st, walKey)
-		if err := host.PutWAL(ctx, archive, n, content); err != nil {
+		if err := putWAL(host, n, content); err != nil {
 			t.Errorf("the same again, by a host that holds no key to the data: %v", err)
 		}
 		other := bytes.Clone(content)
 		other[77]++
-		if err := host.PutWAL(ctx, archive, n, other); !errors.Is(err, fail.WALConflict) {
+		if err := putWAL(host, n, other); !errors.Is(err, fail.WALConflict) {
 			t.Errorf("other content: %v, want %v", err, fail.WALConflict)
 		}
 		if !bytes.Equal(stored, object(t, b.st, walKey)) {
@@ -113,7 +124,7 @@ func TestDamagedWALIsNeverDelivered(t *testing.T) {
 	for _, encrypted := range []bool{false, true} {
 		b := setup(t, new(store.Mem), encrypted)
 		n, content := segment(t)
-		if err := b.r.PutWAL(ctx, archive, n, content); err != nil {
+		if err := putWAL(b.r, n, content); err != nil {
 			t.Fatal(err)
 		}
 		host := b.open(t, b.host) // opens no data
@@ -143,7 +154,7 @@ func TestDamagedWALIsNeverDelivered(t *testing.T) {
 			if err := host.CheckWAL(ctx, archive, n); !errors.Is(err, fail.Corrupt) {
 				t.Errorf("damage %d: checked: %v, want %v", i, err, fail.Corrupt)
 			}
-			if err := b.r.PutWAL(ctx, archive, n, content); !errors.Is(err, fail.Corrupt) {
+			if err := putWAL(b.r, n, content); !errors.Is(err, fail.Corrupt) {
 				t.Errorf("damage %d: archived again: %v, want %v", i, err, fail.Corrupt)
 			}
 		}
@@ -153,7 +164,7 @@ func TestDamagedWALIsNeverDelivered(t *testing.T) {
 func TestWALOfAnotherPlaceIsRefused(t *testing.T) {
 	b := setup(t, new(store.Mem), true)
 	n, content := segment(t)
-	if err := b.r.PutWAL(ctx, archive, n, content); err != nil {
+	if err := putWAL(b.r, n, content); err != nil {
 		t.Fatal(err)
 	}
 	stored := object(t, b.st, walKey)
@@ -182,11 +193,11 @@ func TestWALOfAnotherPlaceIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	stranger.Trusted = []seal.PublicKey{b.operator.Signer.Public()}
-	if err := b.open(t, stranger).PutWAL(ctx, archive, next(t, n), content); !errors.Is(err, fail.Corrupt) { // 43 holds 42's
+	if err := putWAL(b.open(t, stranger), next(t, n), content); !errors.Is(err, fail.Corrupt) { // 43 holds 42's
 		t.Errorf("archived over a misplaced object: %v", err)
 	}
 	free := next(t, next(t, n))
-	if err := b.open(t, stranger).PutWAL(ctx, archive, free, content); err != nil {
+	if err := putWAL(b.open(t, stranger), free, content); err != nil {
 		t.Fatal(err)
 	}
 	if err := b.r.ReadWAL(ctx, archive, free, io.Discard); !errors.Is(err, fail.Untrusted) {

@@ -215,7 +215,7 @@ func read(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName, s Ser
 		if err := r.ReadWAL(ctx, a, n, &content); err != nil {
 			return err
 		}
-		if err := check(n, s, content.Bytes()); err != nil {
+		if err := check(n, s, content.Bytes(), int64(content.Len())); err != nil {
 			return err
 		}
 		_, err := w.Write(content.Bytes())

@@ -1,35 +1,166 @@
 package wal
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
+	"os"
 	"path/filepath"
+	"sync"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/repo"
 )
 
-// Push archives the file at path, which PostgreSQL calls name. When it returns
-// nil, the whole file is durable in the repository. A file that cannot be one of
-// this server is refused before anything is sent: fail.WrongSystem if it is
-// another's, fail.Corrupt if it is none.
-func Push(ctx context.Context, r *repo.Repo, cluster string, s Server, path string) error {
+// A Pusher archives the files of one data directory.
+type Pusher struct {
+	// Connect returns what puts files into the archive in the name of an
+	// instance. It is not called where a local record says all there is to say.
+	Connect func(ctx context.Context, a repo.Archive, instance string) (*repo.Archiver, error)
+	// Place names the store: a local record made with another one does not count.
+	Place   string
+	Cluster string
+	Host    string // for people, who want to know who claimed a timeline
+	DataDir string
+	// Parallel is how many files go up at a time. 0: as many as cores and
+	// memory are good for. 1: only the one that is asked for.
+	Parallel int
+}
+
+// A push is what a Pusher knows once it has looked around.
+type push struct {
+	Pusher
+	server   Server
+	instance Instance
+	archiver *repo.Archiver
+}
+
+func (p Pusher) begin() (push, error) {
+	s, err := ReadServer(p.DataDir)
+	if err != nil {
+		return push{}, err
+	}
+	i, err := OpenInstance(p.DataDir)
+	return push{Pusher: p, server: s, instance: i}, err
+}
+
+func (p *push) connect(ctx context.Context) (err error) {
+	p.archiver, err = p.Connect(ctx, p.server.archive(p.Cluster), p.instance.ID)
+	return err
+}
+
+// Push archives the file at path, which PostgreSQL calls by the last part of it.
+// When it returns nil, the whole file is durable in the repository. A file that
+// cannot be one of this server is refused before anything is sent:
+// fail.WrongSystem if it is another's, fail.Corrupt if it is none. So is one of a
+// timeline that another instance has claimed, with fail.TimelineTaken.
+//
+// Files that wait behind it go up meanwhile, and Push waits for those it has
+// begun. What becomes of them says nothing about its own file.
+func (p Pusher) Push(ctx context.Context, path string) error {
 	n, err := pg.ParseWALName(filepath.Base(path))
 	if err != nil {
 		return fail.With(fail.BadConfig, err)
 	}
-	content, err := readFile(path, maxFile)
+	j, err := p.begin()
 	if err != nil {
+		return err
+	}
+	inPlace := filepath.Clean(path) == j.path(n)
+	if inPlace && j.recorded(n) {
+		return nil
+	}
+	if err := j.connect(ctx); err != nil {
+		return err
+	}
+	ahead, cancel := context.WithCancel(ctx)
+	var g sync.WaitGroup
+	defer g.Wait()
+	slots := make(chan struct{}, j.parallel())
+	slots <- struct{}{}
+	if inPlace {
+		g.Go(func() { j.lookAhead(ahead, n, slots) })
+	}
+	_, err = j.push(ctx, n, path)
+	<-slots
+	if err != nil {
+		cancel()
 		return fmt.Errorf("push %v: %w", n, err)
 	}
-	if err := check(n, s, content); err != nil {
-		err = fmt.Errorf("push %v: %w", n, err)
+	g.Wait()
+	cancel()
+	return nil
+}
+
+func (p *push) path(n pg.WALName) string { return filepath.Join(p.DataDir, "pg_wal", n.String()) }
+
+// push archives one file and returns what is known of it.
+func (p *push) push(ctx context.Context, n pg.WALName, path string) (record, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return record{}, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return record{}, err
+	}
+	if !info.Mode().IsRegular() || info.Size() > maxFile {
+		return record{}, fmt.Errorf("%s: %d bytes, %v: %w", path, info.Size(), info.Mode(), fail.Corrupt)
+	}
+	content, err := p.checked(n, f, info)
+	if err != nil {
 		if errors.Is(err, fail.Corrupt) {
 			err = fail.Hint(err, "the file in the data directory is not what its name says, and nothing was sent; is the disk sound?")
 		}
-		return err
+		return record{}, err
 	}
-	return r.PutWAL(ctx, s.archive(cluster), n, content)
+	sum, err := p.archiver.Put(ctx, repo.WALFile{Name: n, Size: info.Size(), Content: content,
+		May: func(ctx context.Context) error { return p.may(ctx, n) }})
+	if err != nil {
+		return record{}, err
+	}
+	return p.record(n, info, sum), nil
+}
+
+// checked returns a reader of a file whose beginning can be what the name says.
+func (p *push) checked(n pg.WALName, f *os.File, info fs.FileInfo) (io.Reader, error) {
+	head := make([]byte, min(info.Size(), pg.PageHeaderSize))
+	if n.Kind == pg.History || n.Kind == pg.BackupHistory {
+		head = make([]byte, min(info.Size(), maxText+1)) // all there is
+	}
+	if _, err := io.ReadFull(f, head); err != nil {
+		return nil, err
+	}
+	if err := check(n, p.server, head, info.Size()); err != nil {
+		return nil, err
+	}
+	return io.MultiReader(bytes.NewReader(head), f, unchanged{f, info, head}), nil
+}
+
+// unchanged is the empty end of a file, or an error if the file became another
+// while it was read: PostgreSQL recycles segments.
+type unchanged struct {
+	f    *os.File
+	info fs.FileInfo
+	head []byte
+}
+
+func (u unchanged) Read([]byte) (int, error) {
+	info, err := u.f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	head := make([]byte, len(u.head))
+	if _, err := u.f.ReadAt(head, 0); err != nil {
+		return 0, err
+	}
+	if info.Size() != u.info.Size() || !info.ModTime().Equal(u.info.ModTime()) || !bytes.Equal(head, u.head) {
+		return 0, errors.New("the file changed while it was read")
+	}
+	return 0, io.EOF
 }

@@ -5,12 +5,14 @@ package wal
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/pg"
@@ -23,6 +25,7 @@ type Server struct {
 	Major       int         // of PostgreSQL
 	Timeline    pg.Timeline // of the last checkpoint
 	SegmentSize pg.SegmentSize
+	Recovering  bool // a standby, or a backup that is being restored
 }
 
 // ReadServer asks a data directory whose it is. PostgreSQL may run on it.
@@ -38,15 +41,27 @@ func ReadServer(pgdata string) (Server, error) {
 	if err != nil {
 		return Server{}, hint(fmt.Errorf("PG_VERSION: %w", err))
 	}
-	b, err := readFile(filepath.Join(pgdata, "global", "pg_control"), 64<<10)
+	c, err := readControl(filepath.Join(pgdata, "global", "pg_control"))
 	if err != nil {
 		return Server{}, hint(err)
 	}
-	c, err := pg.ParseControl(b)
-	if err != nil {
-		return Server{}, hint(err)
+	recovering := c.State == pg.ShutDownInRecovery || c.State == pg.InArchiveRecovery
+	return Server{c.System, major, c.Timeline, c.SegmentSize, recovering}, nil
+}
+
+// readControl reads pg_control until it is not being written.
+func readControl(path string) (pg.Control, error) {
+	for n := 0; ; n++ {
+		b, err := readFile(path, 64<<10)
+		if err != nil {
+			return pg.Control{}, err
+		}
+		c, err := pg.ParseControl(b)
+		if !errors.Is(err, pg.ErrTorn) || n == 20 {
+			return c, err
+		}
+		time.Sleep(5 * time.Millisecond)
 	}
-	return Server{c.System, major, c.Timeline, c.SegmentSize}, nil
 }
 
 func (s Server) archive(cluster string) repo.Archive {
@@ -77,12 +92,13 @@ func readFile(path string, limit int64) ([]byte, error) {
 	return b, err
 }
 
-// check refuses content that cannot be what the name says, on that server.
-func check(n pg.WALName, s Server, content []byte) error {
+// check refuses a file of size bytes that cannot be what the name says, on that
+// server. Of a segment it wants the beginning, of other files all.
+func check(n pg.WALName, s Server, content []byte, size int64) error {
 	switch n.Kind {
 	case pg.History, pg.BackupHistory:
-		if len(content) > maxText {
-			return fmt.Errorf("%d bytes are too many: %w", len(content), fail.Corrupt)
+		if size > maxText {
+			return fmt.Errorf("%d bytes are too many: %w", size, fail.Corrupt)
 		}
 		if n.Kind == pg.History {
 			_, err := pg.ParseHistory(n.Timeline, string(content))
@@ -93,7 +109,7 @@ func check(n pg.WALName, s Server, content []byte) error {
 		}
 		return nil
 	}
-	return checkHead(n, s, content[:min(len(content), pg.PageHeaderSize)], int64(len(content)))
+	return checkHead(n, s, content[:min(len(content), pg.PageHeaderSize)], size)
 }
 
 // checkHead compares the beginning of a segment of size bytes with its name.

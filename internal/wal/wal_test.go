@@ -73,13 +73,14 @@ func content(t *testing.T, name string) []byte {
 	return b
 }
 
+// push archives a file as the one server there is.
 func push(t *testing.T, r *repo.Repo, name string, b []byte) error {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), name)
 	if err := os.WriteFile(path, b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return wal.Push(ctx, r, "main", server, path)
+	return (wal.Pusher{Cluster: "main", DataDir: serverDir(t), Connect: archiver(r)}).Push(ctx, path)
 }
 
 func TestEveryKindOfFileComesBack(t *testing.T) {

@@ -1,0 +1,248 @@
+package repo
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/seal"
+	"github.com/pgkeep/pgkeep/internal/store"
+)
+
+// An Archiver puts files into an archive. It opens the repository while it reads
+// and compresses the first file, and sends nothing before it knows that marker
+// and keys are good. Use NewArchiver. Its methods may be called concurrently.
+type Archiver struct {
+	st       store.Store
+	access   Access
+	archive  Archive
+	instance string
+
+	once   sync.Once
+	opened chan struct{} // closed when r and err are known
+	r      *Repo
+	err    error
+
+	parcels sync.Pool
+}
+
+// NewArchiver returns an Archiver that writes in the name of an instance. It
+// does nothing yet.
+func NewArchiver(st store.Store, access Access, a Archive, instance string) *Archiver {
+	return &Archiver{st: st, access: access, archive: a, instance: instance, opened: make(chan struct{})}
+}
+
+// Archiver returns an Archiver for a repository that is open already.
+func (r *Repo) Archiver(a Archive, instance string) *Archiver {
+	w := NewArchiver(r.st, r.access, a, instance)
+	w.once.Do(func() { w.r = r; close(w.opened) })
+	return w
+}
+
+// Open opens the repository, once: who comes later waits for it.
+func (w *Archiver) Open(ctx context.Context) error {
+	w.once.Do(func() {
+		w.r, w.err = Open(ctx, w.st, w.access)
+		close(w.opened)
+	})
+	return w.err
+}
+
+func (w *Archiver) repo(ctx context.Context) (*Repo, error) {
+	err := w.Open(ctx)
+	return w.r, err
+}
+
+// A WALFile is a file to archive.
+type WALFile struct {
+	Name    pg.WALName
+	Size    int64 // bytes
+	Content io.Reader
+	// May says whether the file may be written, and is asked while it is being
+	// read. If not, it is enough that the archive holds the same file already.
+	// Nil: it may.
+	May func(context.Context) error
+}
+
+// Put stores a file, which is durable when nil is returned, and returns its
+// SHA-256. The same content again is success, once all that is stored was read
+// back and compared; other content is fail.WALConflict, and nothing is changed.
+func (w *Archiver) Put(ctx context.Context, f WALFile) ([]byte, error) {
+	if w.access.Signer == nil {
+		return nil, fail.Hint(fmt.Errorf("archive %v: no signing key: %w", f.Name, fail.BadConfig), "pgkeep key init makes one")
+	}
+	p, _ := w.parcels.Get().(*parcel)
+	if p == nil {
+		p = new(parcel)
+	}
+	defer w.parcels.Put(p)
+	var refused error
+	var h walHeader
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return w.Open(ctx) })
+	if f.May != nil {
+		g.Go(func() error { refused = f.May(gctx); return nil })
+	}
+	g.Go(func() (err error) { h, err = w.pack(gctx, p, f); return wrap("archive", f.Name.String(), err) })
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	if refused == nil {
+		err := w.r.putWAL(ctx, w.archive, f.Name, h, p)
+		return h.Sum, err
+	}
+	if err := w.r.sameWAL(ctx, w.archive, f.Name, h); err != nil {
+		return nil, refused
+	}
+	return h.Sum, nil
+}
+
+func (r *Repo) putWAL(ctx context.Context, a Archive, n pg.WALName, h walHeader, p *parcel) error {
+	doc, err := r.access.Signer.Sign(h)
+	if err != nil {
+		return wrap("sign", n.String(), err)
+	}
+	err = r.st.Put(ctx, a.key(n), bytes.NewReader(p.object(doc)), store.PutOptions{IfAbsent: true})
+	if errors.Is(err, store.ErrExist) {
+		return wrap("compare", a.key(n), r.sameWAL(ctx, a, n, h))
+	}
+	return wrap("write", a.key(n), err)
+}
+
+// headroom is what a parcel leaves before the body for what goes there last.
+const headroom = 8 + maxWALHeader
+
+// A parcel holds an object while it is made. It is used again: memory is what
+// bounds how many files are on their way at a time.
+type parcel struct {
+	buf []byte // headroom, then the body
+}
+
+func (p *parcel) Write(b []byte) (int, error) { p.buf = append(p.buf, b...); return len(b), nil }
+
+func (p *parcel) body() []byte { return p.buf[headroom:] }
+
+// object puts the header before the body.
+func (p *parcel) object(doc []byte) []byte {
+	head := append(encodeSkip(int64(len(doc))), doc...)
+	at := headroom - len(head)
+	copy(p.buf[at:], head)
+	return p.buf[at:]
+}
+
+// pack reads a file, compresses it, and encrypts it as soon as the keys are there.
+func (w *Archiver) pack(ctx context.Context, p *parcel, f WALFile) (walHeader, error) {
+	if room := headroom + int(f.Size) + seal.Overhead(int(f.Size), 1); cap(p.buf) < room {
+		p.buf = make([]byte, headroom, room) // most of it will never be touched
+	}
+	p.buf = p.buf[:headroom]
+	sealed := &late{ready: w.opened, open: func() (io.WriteCloser, error) {
+		if w.err != nil {
+			return nil, w.err
+		}
+		to, err := w.r.data()
+		if err != nil {
+			return nil, err
+		}
+		return seal.EncryptTo(p, to...)
+	}}
+	zw, err := seal.CompressTo(sealed)
+	if err != nil {
+		return walHeader{}, err
+	}
+	sum := sha256.New()
+	size, err := copyUntil(ctx, io.MultiWriter(sum, zw), io.LimitReader(f.Content, f.Size+1))
+	switch {
+	case err != nil:
+		return walHeader{}, err
+	case size != f.Size:
+		return walHeader{}, fmt.Errorf("the file has not the %d bytes it had a moment ago", f.Size)
+	}
+	if err := zw.Close(); err != nil {
+		return walHeader{}, err
+	}
+	if err := sealed.Close(); err != nil {
+		return walHeader{}, err
+	}
+	stored := sha256.Sum256(p.body())
+	return walHeader{Header: w.access.header("wal"), Archive: w.archive, Name: f.Name.String(), Instance: w.instance,
+		Size: size, Sum: sum.Sum(nil), Stored: int64(len(p.body())), StoredSum: stored[:], Epoch: w.r.epochNumber()}, nil
+}
+
+// copyUntil is io.Copy that ends with ctx.
+func copyUntil(ctx context.Context, w io.Writer, r io.Reader) (n int64, err error) {
+	piece := make([]byte, 256<<10)
+	for {
+		if err := ctx.Err(); err != nil {
+			return n, err
+		}
+		m, err := r.Read(piece)
+		n += int64(m)
+		if _, werr := w.Write(piece[:m]); werr != nil {
+			return n, werr
+		}
+		if err == io.EOF {
+			return n, nil
+		}
+		if err != nil {
+			return n, err
+		}
+	}
+}
+
+// A late writer holds what is written until the one it is for can be opened.
+type late struct {
+	ready <-chan struct{}
+	held  bytes.Buffer
+	open  func() (io.WriteCloser, error)
+	to    io.WriteCloser
+}
+
+func (l *late) Write(b []byte) (int, error) {
+	if l.to == nil {
+		select {
+		case <-l.ready:
+		default:
+			return l.held.Write(b)
+		}
+		if err := l.begin(); err != nil {
+			return 0, err
+		}
+	}
+	return l.to.Write(b)
+}
+
+func (l *late) begin() (err error) {
+	if l.to, err = l.open(); err == nil {
+		_, err = l.held.WriteTo(l.to)
+		l.held = bytes.Buffer{} // and its memory
+	}
+	return err
+}
+
+// Close waits until what was held could be written.
+func (l *late) Close() error {
+	if l.to == nil {
+		<-l.ready
+		if err := l.begin(); err != nil {
+			return err
+		}
+	}
+	return l.to.Close()
+}
+
+// epochNumber is that of the key that content is encrypted to now; 0 for none.
+func (r *Repo) epochNumber() int {
+	if len(r.epochs) == 0 {
+		return 0
+	}
+	return r.epochs[len(r.epochs)-1].Number
+}
