@@ -348,7 +348,7 @@ func (l *Logical) Upload(ctx context.Context, id repo.ID, progress func(repo.Pro
 	if err := d.whole(files); err != nil {
 		return repo.Content{}, err
 	}
-	return r.Write(ctx, repo.Writing{Ref: l.ref(id), Root: root, Files: files, Progress: progress})
+	return r.Write(ctx, repo.Writing{Ref: l.ref(id), Root: root, Progress: progress}, files)
 }
 
 // whole compares what is in the spool with what the dump left there. Something

@@ -174,7 +174,7 @@ func store() error {
 	if err != nil {
 		return err
 	}
-	c, err := r.Write(ctx, repo.Writing{Ref: repo.Ref{Cluster: "bench", ID: j.ID}, Root: root, Files: files})
+	c, err := r.Write(ctx, repo.Writing{Ref: repo.Ref{Cluster: "bench", ID: j.ID}, Root: root}, files)
 	if err != nil {
 		return err
 	}

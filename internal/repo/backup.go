@@ -49,6 +49,9 @@ type Ref struct {
 	ID      ID     `json:"id"`
 }
 
+// String names the backup in messages.
+func (b Ref) String() string { return strings.TrimSuffix(b.dir(), "/") }
+
 func clusterPrefix(cluster string) string { return "clusters/" + cluster + "/" }
 func (b Ref) dir() string                 { return clusterPrefix(b.Cluster) + "backups/" + string(b.ID) + "/" }
 func (b Ref) packs() string               { return clusterPrefix(b.Cluster) + "packs/" + string(b.ID) + "/" }
@@ -79,7 +82,35 @@ type Content struct {
 	Files  int    `json:"files"`
 	Packs  int    `json:"packs"`
 	Bytes  int64  `json:"bytes"`  // of the files
-	Stored int64  `json:"stored"` // of the packs they are in
+	Stored int64  `json:"stored"` // of the packs they are in, each counted once
+	// Uses names the other backups that wrote some of these packs. They may be
+	// deleted themselves: their packs stay as long as somebody uses them.
+	Uses []ID `json:"uses,omitempty"`
+	// Physical is nil for a logical backup.
+	Physical *PhysicalFacts `json:"physical,omitempty"`
+}
+
+// PhysicalFacts is what a physical backup is besides its files: where in the
+// write-ahead log it begins and ends, and how the cluster is built.
+type PhysicalFacts struct {
+	Start          pg.LSN         `json:"start"` // what recovery begins from, at least: from pg_backup_start
+	Stop           pg.LSN         `json:"stop"`  // consistent from here on: from pg_backup_stop
+	Timeline       pg.Timeline    `json:"timeline"`
+	StopTimeline   pg.Timeline    `json:"stop_timeline"`
+	StartedAt      time.Time      `json:"started_at"` // by the server's clock, UTC
+	StoppedAt      time.Time      `json:"stopped_at"`
+	Checkpoint     pg.LSN         `json:"checkpoint"` // of the record that the start waited for
+	FirstWAL       string         `json:"first_wal"`  // names of the segments that recovery to Stop needs
+	LastWAL        string         `json:"last_wal"`
+	SegmentSize    pg.SegmentSize `json:"segment_size"` // bytes
+	BlockSize      int            `json:"block_size"`   // bytes
+	Checksums      bool           `json:"checksums"`    // pages carry checksums, and they were compared
+	CatalogVersion int            `json:"catalog_version"`
+	ControlVersion int            `json:"control_version"`
+	Damaged        int            `json:"damaged_blocks,omitempty"` // blocks whose checksum is wrong …
+	DamagedFiles   int            `json:"damaged_files,omitempty"`  // … and files that have some
+	Tablespaces    int            `json:"tablespaces,omitempty"`
+	InRecovery     bool           `json:"in_recovery,omitempty"` // taken from a standby
 }
 
 // draft is the commit point of an upload: a retry finds it and has nothing to do.

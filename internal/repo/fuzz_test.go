@@ -18,7 +18,7 @@ import (
 func FuzzFooter(f *testing.F) {
 	good := footer{Header: Header{Type: "pack", Format: 1}, Backup: "b", Number: 1, Seed: 7,
 		Files:  []packFile{{"a", 100, 100}, {"b", 8192*20 + 1, 8192}},
-		Frames: []frame{{0, 50, 100, []run{{0, 1}}}, {1, 9, 8193, []run{{3, 1}, {20, 1}}}}, ids: make([]seal.BlockID, 3)}
+		Frames: []frame{{File: 0, Stored: 50, Content: 100, Blocks: []run{{0, 1}}}, {File: 1, Stored: 9, Content: 8193, Blocks: []run{{3, 1}, {20, 1}}}}, ids: make([]seal.BlockID, 3)}
 	b, err := good.encode()
 	if err != nil {
 		f.Fatal(err)
@@ -69,16 +69,20 @@ func FuzzTree(f *testing.F) {
 {"end":1}
 `))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		tree, err := decodeTree(bytes.NewReader(b), "b")
+		tree, err := newTreeReader(bytes.NewReader(b), "b")
 		if err != nil {
 			return
 		}
-		for _, e := range tree.Entries {
+		for {
+			e, err := tree.next()
+			if err != nil {
+				return
+			}
 			if validPath(e.Path) != nil {
 				t.Errorf("path %q", e.Path)
 			}
 			for _, l := range e.Layers {
-				_ = tree.Packs[l.Pack]
+				_ = tree.packs[l.Pack]
 			}
 			for _, z := range e.Zero {
 				if e.runLength(z) < 1 || e.after(z) < 0 {
@@ -96,7 +100,7 @@ func FuzzTail(f *testing.F) {
 		err = b.add(packFile{"a", 3, 3}, []run{{0, 1}}, make([]seal.BlockID, 1), 3, []byte("xyz"))
 	}
 	if err == nil {
-		_, err = b.finish("k")
+		err = b.finish("k")
 	}
 	if err != nil {
 		f.Fatal(err)

@@ -58,6 +58,9 @@ type frame struct {
 	Stored  int   `json:"c"` // bytes, compressed
 	Content int   `json:"u"` // bytes, plain
 	Blocks  []run `json:"b"`
+
+	at int64 // where its content begins in the plain content of the pack
+	id int   // of its first block in footer.ids
 }
 
 func (f frame) blocks() (n int64) {
@@ -134,7 +137,7 @@ func decodeFooter(b []byte) (*footer, error) {
 	if err := f.check("pack"); err != nil {
 		return nil, err
 	}
-	var total int64
+	var total, at int64
 	for _, file := range f.Files {
 		if file.Size < 0 || file.Block < 1 || file.Block > smallFile {
 			return bad("file %q of %d bytes in blocks of %d", file.Path, file.Size, file.Block)
@@ -145,6 +148,8 @@ func decodeFooter(b []byte) (*footer, error) {
 			return bad("frame %d: %d bytes of %d, of file %d", i, fr.Stored, fr.Content, fr.File)
 		}
 		file, content := f.Files[fr.File], int64(0)
+		f.Frames[i].at, f.Frames[i].id = at, int(total)
+		at += int64(fr.Content)
 		for _, r := range fr.Blocks {
 			if r[0] < 0 || r[1] < 1 || r[1] > frameBlocks || r[0] > file.count()-r[1] {
 				return bad("frame %d: blocks %v", i, r)
@@ -190,6 +195,7 @@ type builder struct {
 	buf  *bytes.Buffer // what is stored
 	foot footer
 	data io.WriteCloser // compressed frames go here; encrypts
+	pack Pack           // set by finish
 	to   recipients
 
 	plain  int64 // bytes of content so far: where the next frame begins in zstd -d of the data
@@ -223,31 +229,33 @@ func (b *builder) add(file packFile, blocks []run, ids []seal.BlockID, content i
 	return err
 }
 
-// finish completes the pack; the bytes to store are then in b.buf.
-func (b *builder) finish(key string) (Pack, error) {
+// finish completes the pack; the bytes to store are then in b.buf, and b.pack
+// tells of them.
+func (b *builder) finish(key string) error {
 	if err := b.data.Close(); err != nil {
-		return Pack{}, err
+		return err
 	}
 	data := int64(b.buf.Len())
 	sum := sha256.Sum256(b.buf.Bytes())
 	b.foot.Sum = sum[:]
 	plain, err := b.foot.encode()
 	if err != nil {
-		return Pack{}, err
+		return err
 	}
 	packed, err := compress(plain)
 	if err != nil {
-		return Pack{}, err
+		return err
 	}
 	foot, err := seal.Encrypt(packed, b.to.meta...)
 	if err != nil {
-		return Pack{}, err
+		return err
 	}
 	footSum := sha256.Sum256(foot)
 	b.buf.Write(encodeSkip(int64(len(foot)) + trailerSize))
 	b.buf.Write(foot)
 	b.buf.Write(encodeTrailer(len(b.to.data) > 0, data, int64(len(foot)), footSum[:]))
-	return Pack{Key: key, Size: int64(b.buf.Len()), Data: data, Sum: sum[:], Footer: footSum[:]}, nil
+	b.pack = Pack{Key: key, Size: int64(b.buf.Len()), Data: data, Sum: sum[:], Footer: footSum[:]}
+	return nil
 }
 
 func compress(plain []byte) ([]byte, error) {

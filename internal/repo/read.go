@@ -1,16 +1,14 @@
 package repo
 
 import (
-	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
-	"path"
+	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -23,15 +21,33 @@ import (
 
 // A Reading says what to read back of a backup, and where to put it.
 type Reading struct {
-	// Dir receives the files, which must not be there yet. Nil: everything is
-	// read, opened and compared, and nothing written.
+	// Dir receives the files, which must not be there yet. Nil, and Place too:
+	// everything is read, opened and compared, and nothing written.
 	Dir *os.Root
+	// Place says where an entry goes, instead of Dir: below which directory,
+	// under which name there. Not ok: the entry is left out.
+	//
+	// Directories are made with mode 0700, files with their own and writable,
+	// links as they are. Nothing is written through a link that leaves its root.
+	Place func(path string) (dir *os.Root, name string, ok bool)
+	// Keep allows files to be there. Blocks of them that are equal, by hash,
+	// are kept; the others are written, and sizes are corrected. What stands in
+	// the way of a file and is no directory is removed. A reading that was cut
+	// is continued in this way.
+	Keep bool
 	// Want chooses files by their path; nil: all of them.
 	Want func(path string) bool
+	// Packs chooses, where nothing is written, whose data is read; directories
+	// of packs are read of all. Nil: all of them.
+	Packs func(Pack) bool
+	// Entries, when not nil, is told of every entry, in order, before anything
+	// of its part of the list is read or written. Its error ends the reading.
+	Entries func(Entry) error
 	// Readers is how many packs are read at a time; 0: 3.
 	Readers int
 	// Progress, when not nil, is told now and then how far it is: Read counts
-	// stored bytes. It is called from several goroutines.
+	// stored bytes, Kept those of files that were equal. It is called from
+	// several goroutines.
 	Progress func(Progress)
 }
 
@@ -89,38 +105,38 @@ func (rep *Report) add(key string, err error) error {
 
 // Read reads the content of a backup back, and compares every digest on the
 // way. Damage stands in the report. When files are to be written, the first
-// damage ends it as an error: what is in Dir then is not to be used.
+// damage ends it as an error: what is there then is not to be used.
 //
 // Where no key at hand opens the data, the stored bytes are compared (see
 // VerifiedStored); writing files is then fail.NoKey.
+//
+// It goes from part to part of the list of files, so that memory does not grow
+// with their number.
 func (r *Repo) Read(ctx context.Context, id ID, c Content, rd Reading) (Report, error) {
 	rep := Report{Verified: VerifiedContent}
+	if dir := rd.Dir; dir != nil && rd.Place == nil {
+		rd.Place = func(path string) (*os.Root, string, bool) { return dir, path, true }
+	}
 	if !r.OpensData() {
-		if rd.Dir != nil {
+		if rd.Place != nil {
 			return rep, fmt.Errorf("read backup %s: %w", id, fail.NoKey)
 		}
 		rep.Verified = VerifiedStored
 	}
-	re := &reader{repo: r, opt: rd, rep: &rep}
+	if rd.Readers == 0 {
+		rd.Readers = 3
+	}
+	re := &reader{repo: r, opt: rd, rep: &rep, feet: newFooters(r, feetMemory), seen: make(map[string]bool), bad: make(map[string]bool)}
 	for _, part := range c.Trees {
-		tree, err := r.readTree(ctx, part, string(id))
-		if err := rep.add(part.Key, err); err != nil {
+		if err := re.part(ctx, id, part); err != nil {
 			return rep, err
 		}
-		if err != nil {
-			continue
-		}
-		if err := re.tree(ctx, tree); err != nil {
-			return rep, err
-		}
-		rep.Packs += len(tree.Packs)
-		rep.Files += len(tree.Entries)
 	}
-	if len(rep.Damage) == 0 && rd.Want == nil && (rep.Files != c.Files || rep.Packs != c.Packs || rep.Bytes != c.Bytes) {
-		rep.Damage = append(rep.Damage, Damage{c.Trees[0].Key, "number of files, packs or bytes is not what was published", fail.Corrupt})
+	if len(rep.Damage) == 0 && rd.Want == nil && rd.Place == nil && (rep.Files != c.Files || rep.Packs != c.Packs || rep.Bytes != c.Bytes) {
+		rep.Damage = append(rep.Damage, Damage{Ref{ID: id}.String(), "number of files, packs or bytes is not what was published", fail.Corrupt})
 	}
-	slices.SortFunc(rep.Damage, func(a, b Damage) int { return bytes.Compare([]byte(a.Object), []byte(b.Object)) })
-	if rd.Dir != nil {
+	slices.SortFunc(rep.Damage, func(a, b Damage) int { return strings.Compare(a.Object, b.Object) })
+	if rd.Place != nil {
 		return rep, rep.Err()
 	}
 	return rep, nil
@@ -129,387 +145,318 @@ func (r *Repo) Read(ctx context.Context, id ID, c Content, rd Reading) (Report, 
 type reader struct {
 	repo *Repo
 	opt  Reading
+	feet *footers
+	seen map[string]bool // packs of which the directory was read, by key and digest
 
 	mu  sync.Mutex
 	rep *Report
+	bad map[string]bool // packs whose directory is damaged, by key
 
-	read, total atomic.Int64
+	read, kept, total atomic.Int64
 }
 
-// wantedFile is a file to be read, and what of it has been.
+// A wantedFile is a file to be read.
 type wantedFile struct {
 	entry Entry
-	crc   uint32 // of what was read so far, and of zero runs
+	dir   *os.Root // nil: it is not written
+	name  string   // below dir
 }
 
-// wantedFrame says which blocks of a frame count.
+// A wantedFrame says which blocks of a frame count, and for which file.
 type wantedFrame struct {
+	frame  int
 	file   *wantedFile
 	blocks []run
 }
 
-// tree reads all that is wanted of one tree: directories of packs first, to
-// know which frame of which pack has the newest version of each block; then the
-// packs, in any order, each once.
-func (re *reader) tree(ctx context.Context, t Tree) error {
-	var files []*wantedFile
-	need := make(map[int]bool)
-	for _, e := range t.Entries {
-		if re.opt.Want != nil && !re.opt.Want(e.Path) {
-			continue
-		}
-		files = append(files, &wantedFile{entry: e})
-		re.rep.Bytes += e.Size
-		for _, l := range e.Layers {
+// part reads all that is wanted of one part of the list: directories of packs
+// first, to know which frame of which pack has the newest version of each
+// block; then the packs, in any order, each once.
+func (re *reader) part(ctx context.Context, id ID, part Part) error {
+	files, packs, err := re.list(ctx, id, part)
+	if err := re.damage(part.Key, err); err != nil {
+		return err
+	}
+	if err != nil {
+		return re.stop()
+	}
+	need := make([]bool, len(packs))
+	for _, f := range files {
+		re.rep.Bytes += f.entry.Size
+		for _, l := range f.entry.Layers {
 			need[l.Pack] = true
 		}
 	}
-	if re.opt.Want == nil {
-		for i := range t.Packs {
-			need[i] = true
+	fresh := make([]bool, len(packs)) // not read for another part
+	for i, p := range packs {
+		key := p.Key + string(p.Footer) + string(p.Sum)
+		fresh[i] = !re.seen[key]
+		re.seen[key] = true
+		if fresh[i] {
+			re.rep.Packs++
 		}
+		need[i] = need[i] || re.opt.Want == nil && fresh[i]
 	}
-	foots, err := re.footers(ctx, t, need)
+	if err := re.footers(ctx, packs, need); err != nil {
+		return err
+	}
+	if err := re.stop(); err != nil {
+		return err
+	}
+	if err := re.makeDirs(files); err != nil {
+		return err
+	}
+	frames, err := re.assign(ctx, files, packs)
 	if err != nil {
 		return err
 	}
-	frames := make([]map[int]wantedFrame, len(t.Packs))
-	for _, f := range files {
-		if err := re.assign(t, f, foots, frames); err != nil {
-			return err
-		}
-	}
-	if re.opt.Dir != nil {
-		if err := re.rep.Err(); err != nil {
-			return err
-		}
-		if err := createFiles(re.opt.Dir, files); err != nil {
-			return err
-		}
-	}
-	if err := re.packs(ctx, t, foots, frames); err != nil {
+	if err := re.stop(); err != nil {
 		return err
 	}
-	for _, f := range files {
-		if len(re.rep.Damage) == 0 && !f.entry.Dir && re.rep.Verified == VerifiedContent && f.crc != f.entry.CRC {
-			return re.damage(f.entry.Path, fmt.Errorf("checksum of the file is %08x, was %08x: %w", f.crc, f.entry.CRC, fail.Corrupt))
+	var work []packWork
+	for i, p := range packs {
+		switch {
+		case re.bad[p.Key]:
+		case re.opt.Place != nil && len(frames[i]) == 0:
+		case re.opt.Place == nil && (!need[i] || !fresh[i] || re.opt.Packs != nil && !re.opt.Packs(p)):
+		default:
+			work = append(work, packWork{p, frames[i]})
+			re.total.Add(p.Size)
 		}
 	}
-	return nil
+	return re.packs(ctx, work)
 }
 
+// stop ends a reading that writes at the first damage.
+func (re *reader) stop() error {
+	if re.opt.Place == nil {
+		return nil
+	}
+	return re.rep.Err()
+}
+
+// list reads a part of the list, and returns the files that are wanted.
+func (re *reader) list(ctx context.Context, id ID, part Part) (files []*wantedFile, packs []Pack, err error) {
+	t, err := re.repo.openTree(ctx, part, id)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer t.Close()
+	for {
+		e, err := t.next()
+		if err == io.EOF {
+			return files, t.packs, nil
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+		re.rep.Files++
+		if re.opt.Entries != nil {
+			if err := re.opt.Entries(e); err != nil {
+				return nil, nil, callerError{err}
+			}
+		}
+		if re.opt.Want != nil && !re.opt.Want(e.Path) {
+			continue
+		}
+		f := &wantedFile{entry: e}
+		if re.opt.Place != nil {
+			var ok bool
+			if f.dir, f.name, ok = re.opt.Place(e.Path); !ok {
+				continue
+			}
+		}
+		files = append(files, f)
+	}
+}
+
+// A callerError is one that a callback returned: it says nothing about an
+// object, whatever its kind.
+type callerError struct{ error }
+
+func (e callerError) Unwrap() error { return e.error }
+
 func (re *reader) damage(key string, err error) error {
+	if _, ok := errors.AsType[callerError](err); ok {
+		return err
+	}
 	re.mu.Lock()
 	defer re.mu.Unlock()
 	return re.rep.add(key, err)
 }
 
-// footers reads the directories of the packs that are needed; nil for a
-// damaged one.
-func (re *reader) footers(ctx context.Context, t Tree, need map[int]bool) ([]*footer, error) {
-	foots := make([]*footer, len(t.Packs))
+// progress tells that n more bytes were read, or that it moves.
+func (re *reader) progress(n int64) {
+	if re.opt.Progress != nil {
+		re.opt.Progress(Progress{Read: re.read.Add(n), Total: re.total.Load(), Kept: re.kept.Load()})
+	}
+}
+
+// footers reads the directories of the packs that are needed, and notes which
+// are damaged.
+func (re *reader) footers(ctx context.Context, packs []Pack, need []bool) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(8)
-	for i, p := range t.Packs {
-		if !need[i] {
+	for i, p := range packs {
+		if !need[i] || re.bad[p.Key] {
 			continue
 		}
-		re.total.Add(p.Size)
 		g.Go(func() error {
-			foot, _, err := re.repo.readFooter(ctx, p.Key, p.Size, &p)
-			if err == nil {
-				foot.ids = nil // read again with the pack, when they are needed
-				foots[i] = foot
-			}
+			_, err := re.feet.get(ctx, p)
 			re.progress(0)
+			if err != nil && damaged(err) {
+				re.mu.Lock()
+				re.bad[p.Key] = true
+				re.mu.Unlock()
+			}
 			return re.damage(p.Key, err)
 		})
 	}
-	return foots, g.Wait()
+	return g.Wait()
 }
 
-// assign finds for every block of f the frame that counts.
-func (re *reader) assign(t Tree, f *wantedFile, foots []*footer, frames []map[int]wantedFrame) error {
-	e := f.entry
-	if e.Dir {
-		return nil
-	}
-	bad := func(pack Pack, format string, args ...any) error {
-		return re.damage(pack.Key, fmt.Errorf("%s: "+format+": %w", append(append([]any{e.Path}, args...), fail.Corrupt)...))
-	}
-	left := newBlockSet(e.packFile().count())
-	for _, z := range e.Zero {
-		n := left.take(z)
-		if n != z[1] {
-			return re.damage(e.Path, fmt.Errorf("zero run %v twice: %w", z, fail.Corrupt))
-		}
-		f.crc ^= seal.ShiftCRC(seal.ZeroCRC(e.runLength(z)), e.after(z))
-	}
-	for _, l := range e.Layers {
-		foot, pack := foots[l.Pack], t.Packs[l.Pack]
-		if foot == nil {
-			return nil // the pack is damaged, and reported
-		}
-		if l.First > len(foot.Frames)-l.Frames {
-			return bad(pack, "frames %d to %d of %d", l.First, l.First+l.Frames-1, len(foot.Frames))
-		}
-		var offset int64
-		for _, fr := range foot.Frames[:l.First] {
-			offset += int64(fr.Content)
-		}
-		if offset != l.Offset {
-			return bad(pack, "offset %d, list of files says %d", offset, l.Offset)
-		}
-		for n := l.First; n < l.First+l.Frames; n++ {
-			fr := foot.Frames[n]
-			if foot.Files[fr.File] != e.packFile() {
-				return bad(pack, "frame %d is of another file", n)
-			}
-			var blocks []run
-			for _, r := range fr.Blocks {
-				for b := r[0]; b < r[0]+r[1]; b++ {
-					if left.take(run{b, 1}) == 1 {
-						blocks = appendRun(blocks, b)
-					}
-				}
-			}
-			if frames[l.Pack] == nil {
-				frames[l.Pack] = make(map[int]wantedFrame)
-			}
-			if len(blocks) > 0 { // of two layers with the same frame, the first has them
-				frames[l.Pack][n] = wantedFrame{f, blocks}
-			}
-		}
-	}
-	if left.n != 0 {
-		return re.damage(e.Path, fmt.Errorf("%d blocks are in no pack: %w", left.n, fail.Corrupt))
-	}
-	return nil
-}
-
-// runLength returns the bytes of a run of blocks, and after those behind it.
-func (e Entry) runLength(r run) int64 { return min(r[1]*e.Block, e.Size-r[0]*e.Block) }
-func (e Entry) after(r run) int64     { return max(0, e.Size-(r[0]+r[1])*e.Block) }
-
-// packs reads every needed pack once.
-func (re *reader) packs(ctx context.Context, t Tree, foots []*footer, frames []map[int]wantedFrame) error {
-	readers := re.opt.Readers
-	if readers == 0 {
-		readers = 3
-	}
-	work := make(chan int)
+// assign finds for every block of the files the frame that counts. Of files
+// that are there it leaves out what they have already.
+func (re *reader) assign(ctx context.Context, files []*wantedFile, packs []Pack) ([][]wantedFrame, error) {
+	frames := make([][]wantedFrame, len(packs))
+	work := make(chan *wantedFile)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		defer close(work)
-		for i := range t.Packs {
-			if foots[i] == nil {
+		for _, f := range files {
+			if !f.entry.file() {
 				continue
 			}
 			select {
-			case work <- i:
+			case work <- f:
 			case <-ctx.Done():
 				return ctx.Err()
 			}
 		}
 		return nil
 	})
-	for range readers {
+	for range 2 * runtime.GOMAXPROCS(0) {
 		g.Go(func() error {
-			dec, err := seal.NewDecompressor(1 << 20)
-			if err != nil {
-				return err
-			}
-			defer dec.Close()
-			u := unpacker{re: re, dec: dec}
-			defer u.closeFile()
-			for i := range work {
-				err := u.pack(ctx, t.Packs[i], frames[i])
-				if derr := re.damage(t.Packs[i].Key, err); derr != nil {
-					return derr
+			for f := range work {
+				picks, err := re.picks(ctx, f, packs)
+				if err == nil && f.dir != nil {
+					picks, err = re.prepare(f, picks)
 				}
-				if err != nil && re.opt.Dir != nil {
-					return wrap("read", t.Packs[i].Key, err)
+				if err != nil {
+					return err
 				}
+				re.mu.Lock()
+				for _, p := range picks {
+					frames[p.pack] = append(frames[p.pack], p.wantedFrame)
+				}
+				re.mu.Unlock()
 			}
 			return nil
 		})
 	}
-	return g.Wait()
+	err := g.Wait()
+	for _, f := range frames {
+		slices.SortFunc(f, func(a, b wantedFrame) int { return a.frame - b.frame })
+	}
+	return frames, err
 }
 
-// An unpacker is what one goroutine needs to read packs.
-type unpacker struct {
-	re     *reader
-	dec    *seal.Decompressor
-	stored bytes.Buffer
-	packed []byte // one frame, compressed
-	plain  []byte // one frame
-
-	file *os.File // the file written last, still open
-	path string
+// A pick is blocks of a frame that count for a file.
+type pick struct {
+	wantedFrame
+	pack int
+	ids  []seal.BlockID // of those blocks
+	seed uint64
 }
 
-// pack reads a pack, compares its digests, and does with each frame what is wanted.
-func (u *unpacker) pack(ctx context.Context, p Pack, want map[int]wantedFrame) error {
-	rc, err := u.re.repo.st.Get(ctx, p.Key, store.Range{})
-	if err != nil {
-		return err
-	}
-	defer rc.Close()
-	u.stored.Reset()
-	u.stored.Grow(int(p.Size) + 1)
-	if _, err := u.stored.ReadFrom(io.LimitReader(rc, p.Size+1)); err != nil {
-		return err
-	}
-	b := u.stored.Bytes()
-	if int64(len(b)) != p.Size {
-		return fmt.Errorf("size is not %d bytes: %w", p.Size, fail.Corrupt)
-	}
-	foot, _, err := u.re.repo.decodeTail(b[p.Data:], p.Size, &p)
-	if err != nil {
-		return err
-	}
-	if sum := sha256.Sum256(b[:p.Data]); !bytes.Equal(sum[:], p.Sum) {
-		return fmt.Errorf("data is not what was stored: %w", fail.Corrupt)
-	}
-	if u.re.rep.Verified == VerifiedContent {
-		if err := u.frames(ctx, b[:p.Data], foot, want); err != nil {
-			return err
+// picks finds for every block of f the frame that counts. The checksum of the
+// file follows from those of its blocks.
+func (re *reader) picks(ctx context.Context, f *wantedFile, packs []Pack) (picks []pick, err error) {
+	e, file := f.entry, f.entry.packFile()
+	left, crc := newBlockSet(file.count()), uint32(0)
+	for _, z := range e.Zero {
+		if left.take(z) != z[1] {
+			return nil, re.damage(e.Path, fmt.Errorf("zero run %v twice: %w", z, fail.Corrupt))
 		}
+		crc ^= seal.ShiftCRC(seal.ZeroCRC(e.runLength(z)), e.after(z))
 	}
-	u.re.mu.Lock()
-	u.re.rep.Stored += p.Size
-	u.re.mu.Unlock()
-	u.re.progress(p.Size)
-	return nil
-}
-
-// progress tells that n more bytes were read, or that it moves.
-func (re *reader) progress(n int64) {
-	if re.opt.Progress != nil {
-		re.opt.Progress(Progress{Read: re.read.Add(n), Total: re.total.Load()})
-	}
-}
-
-// frames opens every frame, compares every block, and writes what is wanted.
-func (u *unpacker) frames(ctx context.Context, data []byte, foot *footer, want map[int]wantedFrame) error {
-	src := io.Reader(bytes.NewReader(data))
-	if u.re.repo.Marker.Encrypted {
-		var err error
-		if src, err = seal.DecryptFrom(src, u.re.repo.opened()...); err != nil {
-			return err
+	for _, l := range e.Layers {
+		pack := packs[l.Pack]
+		bad := func(format string, args ...any) ([]pick, error) {
+			return nil, re.damage(pack.Key, fmt.Errorf("%s: "+format+": %w", append(append([]any{e.Path}, args...), fail.Corrupt)...))
 		}
-	}
-	ids := foot.ids
-	for n, fr := range foot.Frames {
-		if err := ctx.Err(); err != nil {
-			return err
+		re.mu.Lock()
+		known := re.bad[pack.Key]
+		re.mu.Unlock()
+		if known {
+			return nil, nil // and reported
 		}
-		u.packed = slices.Grow(u.packed[:0], fr.Stored)[:fr.Stored]
-		if _, err := io.ReadFull(src, u.packed); err != nil {
-			return fmt.Errorf("frame %d: %w: %w", n, err, fail.Corrupt)
+		foot, err := re.feet.get(ctx, pack)
+		if err != nil {
+			return nil, re.damage(pack.Key, err)
 		}
-		var err error
-		if u.plain, err = u.dec.Append(u.plain[:0], u.packed); err != nil {
-			return fmt.Errorf("frame %d: %w", n, err)
+		if l.First > len(foot.Frames)-l.Frames {
+			return bad("frames %d to %d of %d", l.First, l.First+l.Frames-1, len(foot.Frames))
 		}
-		if len(u.plain) != fr.Content {
-			return fmt.Errorf("frame %d: %d bytes, want %d: %w", n, len(u.plain), fr.Content, fail.Corrupt)
+		if at := foot.Frames[l.First].at; at != l.Offset {
+			return bad("offset %d, list of files says %d", at, l.Offset)
 		}
-		count := fr.blocks()
-		if err := u.frame(foot.Files[fr.File], fr, ids[:count], foot.Seed, want[n]); err != nil {
-			return fmt.Errorf("frame %d of %s: %w", n, foot.Files[fr.File].Path, err)
-		}
-		ids = ids[count:]
-	}
-	if n, err := src.Read(make([]byte, 1)); n != 0 || err != io.EOF {
-		return fmt.Errorf("data goes on after the last frame: %w", fail.Corrupt)
-	}
-	return nil
-}
-
-func (u *unpacker) frame(file packFile, fr frame, ids []seal.BlockID, seed uint64, want wantedFrame) error {
-	at, i, next := int64(0), 0, 0 // next: index into want.blocks
-	for _, r := range fr.Blocks {
-		for b := r[0]; b < r[0]+r[1]; b, i = b+1, i+1 {
-			block := u.plain[at : at+file.length(b)]
-			at += int64(len(block))
-			if seal.Identify(block, seed) != ids[i] {
-				return fmt.Errorf("block %d is not what was stored: %w", b, fail.Corrupt)
+		for n := l.First; n < l.First+l.Frames; n++ {
+			fr := foot.Frames[n]
+			// The file may have had another size when this was stored.
+			stored := foot.Files[fr.File]
+			if stored.Path != file.Path || stored.Block != file.Block {
+				return bad("frame %d is of another file", n)
 			}
-			for next < len(want.blocks) && want.blocks[next][0]+want.blocks[next][1] <= b {
-				next++
-			}
-			if next < len(want.blocks) && want.blocks[next][0] <= b {
-				if err := u.take(want.file, b, block, ids[i].CRC()); err != nil {
-					return err
+			p := pick{wantedFrame: wantedFrame{frame: n, file: f}, pack: l.Pack, seed: foot.Seed}
+			id := fr.id
+			for _, r := range fr.Blocks {
+				for b := r[0]; b < r[0]+r[1]; b, id = b+1, id+1 {
+					if b >= file.count() || left.take(run{b, 1}) == 0 {
+						continue
+					}
+					if stored.length(b) != file.length(b) {
+						return bad("block %d has %d bytes, want %d", b, stored.length(b), file.length(b))
+					}
+					p.blocks, p.ids = appendRun(p.blocks, b), append(p.ids, foot.ids[id])
 				}
 			}
-		}
-	}
-	return nil
-}
-
-// take counts a block that is part of a file, and writes it.
-func (u *unpacker) take(f *wantedFile, n int64, block []byte, crc uint32) error {
-	shifted := seal.ShiftCRC(crc, f.entry.after(run{n, 1}))
-	u.re.mu.Lock()
-	f.crc ^= shifted
-	u.re.mu.Unlock()
-	if u.re.opt.Dir == nil {
-		return nil
-	}
-	if u.file == nil || u.path != f.entry.Path {
-		if err := u.closeFile(); err != nil {
-			return err
-		}
-		file, err := u.re.opt.Dir.OpenFile(f.entry.Path, os.O_WRONLY, 0)
-		if err != nil {
-			return err
-		}
-		u.file, u.path = file, f.entry.Path
-	}
-	_, err := u.file.WriteAt(block, n*f.entry.Block)
-	return err
-}
-
-func (u *unpacker) closeFile() error {
-	if u.file == nil {
-		return nil
-	}
-	err := u.file.Close()
-	u.file = nil
-	return err
-}
-
-// createFiles makes all directories, and all files at their size and empty.
-func createFiles(dir *os.Root, files []*wantedFile) error {
-	made := map[string]bool{".": true}
-	for _, f := range files {
-		e := f.entry
-		parent := path.Dir(e.Path)
-		if e.Dir {
-			parent = e.Path
-		}
-		if !made[parent] {
-			if err := dir.MkdirAll(parent, 0o700); err != nil {
-				return err
+			if len(p.blocks) == 0 {
+				continue
 			}
-			made[parent] = true
-		}
-		if e.Dir {
-			continue
-		}
-		out, err := dir.OpenFile(e.Path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, e.Mode&fs.ModePerm|0o200)
-		if err != nil {
-			return err
-		}
-		if err := errors.Join(out.Truncate(e.Size), out.Close()); err != nil {
-			return err
+			crc ^= p.crc(e)
+			if f.dir == nil || !re.opt.Keep {
+				p.ids = nil
+			}
+			picks = append(picks, p)
 		}
 	}
-	return nil
+	switch {
+	case left.n != 0:
+		return nil, re.damage(e.Path, fmt.Errorf("%d blocks are in no pack: %w", left.n, fail.Corrupt))
+	case crc != e.CRC:
+		return nil, re.damage(e.Path, fmt.Errorf("checksum of the file is %08x, was %08x: %w", crc, e.CRC, fail.Corrupt))
+	}
+	return picks, nil
 }
+
+// crc is what the blocks contribute to the checksum of the file.
+func (p *pick) crc(e Entry) (sum uint32) {
+	file, ids := e.packFile(), p.ids
+	for _, r := range p.blocks {
+		var crc uint32
+		for b := r[0]; b < r[0]+r[1]; b++ {
+			crc = seal.ShiftCRC(crc, file.length(b)) ^ ids[0].CRC()
+			ids = ids[1:]
+		}
+		sum ^= seal.ShiftCRC(crc, e.after(r))
+	}
+	return sum
+}
+
+// runLength returns the bytes of a run of blocks, and after those behind it.
+func (e Entry) runLength(r run) int64 { return min(r[1]*e.Block, e.Size-r[0]*e.Block) }
+func (e Entry) after(r run) int64     { return max(0, e.Size-(r[0]+r[1])*e.Block) }
 
 // A blockSet is a set of block numbers of a file, full at first.
 type blockSet struct {

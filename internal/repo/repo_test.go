@@ -108,19 +108,23 @@ func tree(t *testing.T) (*os.Root, map[string][]byte) {
 	return root, files
 }
 
-func writing(t *testing.T, root *os.Root) repo.Writing {
-	t.Helper()
-	files, err := repo.ListFiles(root.FS())
+func writing(root *os.Root) repo.Writing {
+	return repo.Writing{Ref: ref, Root: root, Readers: 2, Senders: 2, PackSize: 100_000}
+}
+
+// write stores everything below w.Root.
+func write(r *repo.Repo, w repo.Writing) (repo.Content, error) {
+	files, err := repo.ListFiles(w.Root.FS())
 	if err != nil {
-		t.Fatal(err)
+		return repo.Content{}, err
 	}
-	return repo.Writing{Ref: ref, Root: root, Files: files, Readers: 2, Senders: 2, PackSize: 100_000}
+	return r.Write(ctx, w, files)
 }
 
 // backUp stores and publishes a tree as this host.
 func backUp(t *testing.T, r *repo.Repo, root *os.Root) repo.Manifest {
 	t.Helper()
-	m, err := tryBackUp(r, writing(t, root))
+	m, err := tryBackUp(r, writing(root))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,7 +136,7 @@ func tryBackUp(r *repo.Repo, w repo.Writing) (repo.Manifest, error) {
 	if _, err := r.WriteIntent(ctx, repo.Intent{Ref: ref, Kind: repo.Logical, Host: "db1", StartedAt: now}, clock); err != nil {
 		return repo.Manifest{}, err
 	}
-	if _, err := r.Write(ctx, w); err != nil {
+	if _, err := write(r, w); err != nil {
 		return repo.Manifest{}, err
 	}
 	details, err := r.SealDetails(map[string]string{"database": "sales"})
@@ -267,7 +271,7 @@ func TestBackupSurvivesEveryFailure(t *testing.T) {
 		for at := 1; ; at++ {
 			b := setup(t, new(store.Mem), true)
 			broken := &fault.Store{Store: b.st, At: at, After: after}
-			w := writing(t, root)
+			w := writing(root)
 			w.Readers, w.Senders = 1, 1 // the same calls in the same order
 			r, err := repo.Open(ctx, broken, b.operator)
 			if err == nil {
@@ -302,7 +306,7 @@ func TestBackupSurvivesEveryFailure(t *testing.T) {
 func TestUploadContinues(t *testing.T) {
 	b := setup(t, new(store.Mem), true)
 	root, want := tree(t)
-	w := writing(t, root)
+	w := writing(root)
 	broken := &fault.Store{Store: b.st, Before: func(op, key string) error {
 		if op == "put" && strings.Contains(key, "/000006-") {
 			return errors.New("cut")
@@ -313,7 +317,7 @@ func TestUploadContinues(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := r.Write(ctx, w); err == nil {
+	if _, err := write(r, w); err == nil {
 		t.Fatal("the cut was not noticed")
 	}
 	stored := make(map[string]bool)
@@ -580,11 +584,14 @@ func TestDeleteSurvivesEveryFailure(t *testing.T) {
 func TestFileThatShrinksIsAnError(t *testing.T) {
 	b := setup(t, new(store.Mem), false)
 	root, _ := tree(t)
-	w := writing(t, root)
+	files, err := repo.ListFiles(root.FS())
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := os.Truncate(filepath.Join(root.Name(), "holes.dat"), 8192*5); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := b.r.Write(ctx, w); err == nil || !strings.Contains(err.Error(), "holes.dat") {
+	if _, err := b.r.Write(ctx, writing(root), files); err == nil || !strings.Contains(err.Error(), "holes.dat") {
 		t.Errorf("err = %v", err)
 	}
 }

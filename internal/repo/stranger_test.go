@@ -38,7 +38,7 @@ func TestPublishWhileDeleting(t *testing.T) {
 	if _, err := b.r.WriteIntent(ctx, repo.Intent{Ref: ref, Kind: repo.Logical, StartedAt: now}, clock); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := b.r.Write(ctx, writing(t, root)); err != nil {
+	if _, err := write(b.r, writing(root)); err != nil {
 		t.Fatal(err)
 	}
 	racing := &fault.Store{Store: b.st, Before: func(op, key string) error {
@@ -103,12 +103,12 @@ func TestFileChangesBetweenAttempts(t *testing.T) {
 	for i := range content {
 		content[i] = byte(i*7 + i>>8 + i>>13)
 	}
-	write := func() {
+	save := func() {
 		if err := os.WriteFile(filepath.Join(dir, "16384"), content, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	write()
+	save()
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		t.Fatal(err)
@@ -126,8 +126,8 @@ func TestFileChangesBetweenAttempts(t *testing.T) {
 	}
 	for _, block := range []int{0, 5, 21} {
 		content[block*8192] ^= 0xff
-		write()
-		if _, err := r.Write(ctx, writing(t, root)); err == nil {
+		save()
+		if _, err := write(r, writing(root)); err == nil {
 			t.Fatal("the cut was not noticed")
 		}
 	}
@@ -152,8 +152,8 @@ func TestReadingDirectoriesIsProgress(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := writing(t, root)
-	if _, err := r.Write(ctx, w); err == nil {
+	w := writing(root)
+	if _, err := write(r, w); err == nil {
 		t.Fatal("the cut was not noticed")
 	}
 	var before atomic.Int64 // calls before anything was read
@@ -163,7 +163,7 @@ func TestReadingDirectoriesIsProgress(t *testing.T) {
 		}
 	}
 	w.Progress = count
-	content, err := b.r.Write(ctx, w)
+	content, err := write(b.r, w)
 	if err != nil || before.Load() < int64(content.Packs) {
 		t.Errorf("Write: %d calls for %d packs, %v", before.Load(), content.Packs, err)
 	}
@@ -192,7 +192,7 @@ func TestDeletionWhilePublishing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := tryBackUp(r, writing(t, root)); !errors.Is(err, fail.NoBackup) || !deleted {
+	if _, err := tryBackUp(r, writing(root)); !errors.Is(err, fail.NoBackup) || !deleted {
 		t.Errorf("err = %v, want no-backup", err)
 	}
 	for key := range objects(t, b.st) {

@@ -10,7 +10,9 @@ import (
 	"io"
 	"io/fs"
 	"path"
+	"slices"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
@@ -18,19 +20,53 @@ import (
 	"github.com/pgkeep/pgkeep/internal/store"
 )
 
-// An Entry is one file or directory of a backup.
+// An Entry is one file, directory or symbolic link of a backup.
 //
 // The content of a file is its size, its runs of zero blocks, and its layers,
 // newest first: for each block the first layer that has it counts.
 type Entry struct {
-	Path   string      `json:"p"` // slash-separated, below the root of the tree
-	Dir    bool        `json:"d,omitempty"`
-	Mode   fs.FileMode `json:"m"`            // permission bits
-	Size   int64       `json:"sz,omitempty"` // bytes
-	Block  int64       `json:"bs,omitempty"` // bytes of each block but the last
-	CRC    uint32      `json:"crc,omitempty"`
-	Zero   []run       `json:"zr,omitempty"`
-	Layers []Layer     `json:"L,omitempty"`
+	Path     string      `json:"p"` // slash-separated, below the root of the tree
+	Dir      bool        `json:"d,omitempty"`
+	Link     string      `json:"ln,omitempty"` // what a symbolic link points at, as it stood on the host; "": none
+	Mode     fs.FileMode `json:"m"`            // permission bits
+	Size     int64       `json:"sz,omitempty"` // bytes
+	Modified time.Time   `json:"-"`            // to the second; zero: not known. In JSON "mt", Unix seconds
+	Block    int64       `json:"bs,omitempty"` // bytes of each block but the last
+	CRC      uint32      `json:"crc,omitempty"`
+	Zero     []run       `json:"zr,omitempty"`
+	Layers   []Layer     `json:"L,omitempty"`
+	Damaged  []int64     `json:"dmg,omitempty"` // blocks stored as they were found, their page checksum wrong
+}
+
+// file reports whether e has content.
+func (e Entry) file() bool { return !e.Dir && e.Link == "" }
+
+// MarshalJSON and UnmarshalJSON write the time as a number.
+func (e Entry) MarshalJSON() ([]byte, error) {
+	j := jsonEntry{plainEntry: plainEntry(e)}
+	if !e.Modified.IsZero() {
+		j.Seconds = e.Modified.Unix()
+	}
+	return json.Marshal(j)
+}
+
+func (e *Entry) UnmarshalJSON(b []byte) error {
+	var j jsonEntry
+	if err := json.Unmarshal(b, &j); err != nil {
+		return err
+	}
+	*e = Entry(j.plainEntry)
+	if j.Seconds != 0 {
+		e.Modified = time.Unix(j.Seconds, 0).UTC()
+	}
+	return nil
+}
+
+type plainEntry Entry
+
+type jsonEntry struct {
+	plainEntry
+	Seconds int64 `json:"mt,omitempty"`
 }
 
 // A Layer is a run of frames of one file in one pack.
@@ -57,12 +93,6 @@ func (l *Layer) UnmarshalJSON(b []byte) error {
 
 func (e Entry) packFile() packFile { return packFile{e.Path, e.Size, e.Block} }
 
-// A Tree is the list of files of a backup and the packs that hold them.
-type Tree struct {
-	Packs   []Pack
-	Entries []Entry
-}
-
 // treeLine is a line of a tree object after its header: exactly one field is set.
 type treeLine struct {
 	Pack  *Pack  `json:"pack,omitempty"`
@@ -75,15 +105,65 @@ type treeHeader struct {
 	Backup string `json:"backup"`
 }
 
-// A Part names an object that holds a part of a backup's description.
+// A Part names an object that holds a part of the list of files of a backup.
 type Part struct {
 	Key  string `json:"key"`
 	Size int64  `json:"size"`
 	Sum  []byte `json:"sha256"`
+	// Batch counts from 0: the parts of a batch follow each other, and its
+	// entries are in path order across them.
+	Batch int `json:"batch,omitempty"`
 }
 
-// writeTree stores the list under key, compressed and encrypted.
-func (r *Repo) writeTree(ctx context.Context, key, backup string, t Tree) (Part, error) {
+// A part is cut before any of these, so that neither writer nor reader holds more.
+const (
+	partEntries = 20_000
+	partPacks   = 1_024
+	partFrames  = 1 << 18 // of all layers: 32 GiB of full frames
+	partBytes   = 8 << 20 // of JSON
+)
+
+// A treeWriter collects the next part of a list of files.
+type treeWriter struct {
+	packs   []Pack
+	index   map[string]int // in packs, by key
+	lines   bytes.Buffer   // the entries, encoded
+	entries int
+	frames  int
+}
+
+// add appends an entry whose layers lie in packs, one for each.
+func (t *treeWriter) add(e Entry, packs []*Pack) error {
+	if t.index == nil {
+		t.index = make(map[string]int)
+	}
+	for i, p := range packs {
+		n, ok := t.index[p.Key]
+		if !ok {
+			n = len(t.packs)
+			t.index[p.Key] = n
+			t.packs = append(t.packs, *p)
+		}
+		e.Layers[i].Pack = n
+		t.frames += e.Layers[i].Frames
+	}
+	t.entries++
+	return json.NewEncoder(&t.lines).Encode(treeLine{Entry: &e})
+}
+
+func (t *treeWriter) full() bool {
+	return t.entries >= partEntries || len(t.packs) >= partPacks || t.frames >= partFrames || t.lines.Len() >= partBytes
+}
+
+// reset begins the next part, in the same memory.
+func (t *treeWriter) reset() {
+	clear(t.index)
+	t.packs, t.entries, t.frames = t.packs[:0], 0, 0
+	t.lines.Reset()
+}
+
+// writeTree stores what t collected under key, compressed and encrypted.
+func (r *Repo) writeTree(ctx context.Context, key, backup string, batch int, t *treeWriter) (Part, error) {
 	to, err := r.metadata()
 	if err != nil {
 		return Part{}, err
@@ -99,14 +179,14 @@ func (r *Repo) writeTree(ctx context.Context, key, backup string, t Tree) (Part,
 	}
 	enc := json.NewEncoder(zw)
 	err = enc.Encode(treeHeader{r.access.header("tree"), backup})
-	for i := 0; i < len(t.Packs) && err == nil; i++ {
-		err = enc.Encode(treeLine{Pack: &t.Packs[i]})
-	}
-	for i := 0; i < len(t.Entries) && err == nil; i++ {
-		err = enc.Encode(treeLine{Entry: &t.Entries[i]})
+	for i := 0; i < len(t.packs) && err == nil; i++ {
+		err = enc.Encode(treeLine{Pack: &t.packs[i]})
 	}
 	if err == nil {
-		n := len(t.Packs) + len(t.Entries)
+		_, err = zw.Write(t.lines.Bytes())
+	}
+	if err == nil {
+		n := len(t.packs) + t.entries
 		err = enc.Encode(treeLine{End: &n})
 	}
 	if err == nil {
@@ -119,70 +199,100 @@ func (r *Repo) writeTree(ctx context.Context, key, backup string, t Tree) (Part,
 		return Part{}, wrap("write", key, err)
 	}
 	sum := sha256.Sum256(buf.Bytes())
-	return Part{Key: key, Size: int64(buf.Len()), Sum: sum[:]}, putOnce(ctx, r.st, key, buf.Bytes())
+	return Part{Key: key, Size: int64(buf.Len()), Sum: sum[:], Batch: batch}, putOnce(ctx, r.st, key, buf.Bytes())
 }
 
-// readTree reads the list that p names, and believes none of it: afterwards
-// every path is local, and every layer lies in a pack of the list.
-func (r *Repo) readTree(ctx context.Context, p Part, backup string) (Tree, error) {
+// openTree reads the part that p names, and believes none of it: every path it
+// yields is local, and every layer lies in a pack of the list.
+func (r *Repo) openTree(ctx context.Context, p Part, backup ID) (*treeReader, error) {
 	stored, err := readPart(ctx, r.st, p.Key, store.Range{}, p.Size)
 	if err != nil {
-		return Tree{}, err
+		return nil, err
 	}
 	if sum := sha256.Sum256(stored); int64(len(stored)) != p.Size || !bytes.Equal(sum[:], p.Sum) {
-		return Tree{}, fmt.Errorf("%s is not what was stored: %w", p.Key, fail.Corrupt)
+		return nil, fmt.Errorf("%s is not what was stored: %w", p.Key, fail.Corrupt)
 	}
 	packed, err := r.openMetadata(stored)
 	if err != nil {
-		return Tree{}, wrap("open", p.Key, err)
+		return nil, wrap("open", p.Key, err)
 	}
 	zr, err := seal.DecompressFrom(bytes.NewReader(packed))
 	if err != nil {
-		return Tree{}, wrap("open", p.Key, err)
+		return nil, wrap("open", p.Key, err)
 	}
-	defer zr.Close()
-	t, err := decodeTree(zr, backup)
-	return t, wrap("read", p.Key, err)
+	t, err := newTreeReader(zr, string(backup))
+	if err != nil {
+		zr.Close()
+		return nil, wrap("read", p.Key, err)
+	}
+	t.key, t.close = p.Key, zr
+	return t, nil
 }
 
-func decodeTree(r io.Reader, backup string) (t Tree, err error) {
-	bad := func(format string, args ...any) (Tree, error) {
-		return Tree{}, fmt.Errorf(format+": %w", append(args, fail.Corrupt)...)
-	}
-	dec := json.NewDecoder(bufio.NewReader(r))
+// A treeReader yields the entries of a part one by one.
+type treeReader struct {
+	key   string
+	packs []Pack // those read so far: all that the entries so far need
+	dec   *json.Decoder
+	lines int
+	close io.Closer
+}
+
+func newTreeReader(r io.Reader, backup string) (*treeReader, error) {
+	t := &treeReader{dec: json.NewDecoder(bufio.NewReader(r)), close: io.NopCloser(nil)}
 	var h treeHeader
-	if err := dec.Decode(&h); err != nil {
-		return bad("header: %w", err)
+	if err := t.dec.Decode(&h); err != nil {
+		return nil, fmt.Errorf("header: %w: %w", err, fail.Corrupt)
 	}
 	if err := h.check("tree"); err != nil {
-		return Tree{}, err
+		return nil, err
 	}
 	if h.Backup != backup {
-		return bad("list of files of %s", h.Backup)
+		return nil, fmt.Errorf("list of files of %s: %w", h.Backup, fail.Corrupt)
 	}
-	for {
+	return t, nil
+}
+
+// next returns the next entry, or io.EOF behind the last.
+func (t *treeReader) next() (Entry, error) {
+	e, err := t.entry()
+	if err != nil && err != io.EOF {
+		err = wrap("read", t.key, err)
+	}
+	return e, err
+}
+
+func (t *treeReader) entry() (Entry, error) {
+	bad := func(format string, args ...any) (Entry, error) {
+		return Entry{}, fmt.Errorf(format+": %w", append(args, fail.Corrupt)...)
+	}
+	for ; ; t.lines++ {
 		var line treeLine
-		if err := dec.Decode(&line); err != nil {
-			return bad("line %d: %w", len(t.Packs)+len(t.Entries), err)
+		if err := t.dec.Decode(&line); err != nil {
+			return bad("line %d: %w", t.lines, err)
 		}
 		switch {
 		case line.End != nil:
-			if *line.End != len(t.Packs)+len(t.Entries) {
-				return bad("%d lines of %d", len(t.Packs)+len(t.Entries), *line.End)
+			if *line.End != t.lines {
+				return bad("%d lines of %d", t.lines, *line.End)
 			}
-			return t, nil
+			return Entry{}, io.EOF
 		case line.Pack != nil:
-			t.Packs = append(t.Packs, *line.Pack)
+			t.packs = append(t.packs, *line.Pack)
 		case line.Entry != nil:
-			if err := line.Entry.validate(t.Packs); err != nil {
+			if err := line.Entry.validate(t.packs); err != nil {
 				return bad("%q: %w", line.Entry.Path, err)
 			}
-			t.Entries = append(t.Entries, *line.Entry)
+			t.lines++
+			return *line.Entry, nil
 		default:
-			return bad("line %d is neither pack nor file", len(t.Packs)+len(t.Entries))
+			return bad("line %d is neither pack nor file", t.lines)
 		}
 	}
 }
+
+// Close frees what the reader holds.
+func (t *treeReader) Close() error { return t.close.Close() }
 
 // validate refuses what no writer of ours makes: paths that leave the root,
 // impossible sizes, layers of packs that are not listed.
@@ -190,7 +300,10 @@ func (e Entry) validate(packs []Pack) error {
 	if err := validPath(e.Path); err != nil {
 		return err
 	}
-	if e.Dir {
+	if !e.file() {
+		if strings.Contains(e.Link, "\x00") || e.Dir && e.Link != "" || e.Size != 0 || len(e.Layers)+len(e.Zero) > 0 {
+			return fmt.Errorf("a directory or link that is more")
+		}
 		return nil
 	}
 	if e.Size < 0 || e.Block < 1 || e.Block > smallFile {
@@ -216,15 +329,17 @@ func validPath(p string) error {
 	return nil
 }
 
-// A File is what is to be stored: a file or directory below a root.
+// A File is what is to be stored: a file, a directory or a symbolic link.
 type File struct {
-	Path string // slash-separated
-	Dir  bool
-	Mode fs.FileMode // permission bits
-	Size int64       // bytes
+	Path     string // slash-separated
+	Dir      bool
+	Link     string      // what a symbolic link points at; "": it is none
+	Mode     fs.FileMode // permission bits
+	Size     int64       // bytes
+	Modified time.Time   // zero: not known
 }
 
-// ListFiles lists everything below root, in path order. Other kinds of files
+// ListFiles lists everything below root, in the byte order of paths. Other kinds of files
 // than regular ones and directories are an error.
 func ListFiles(root fs.FS) ([]File, error) {
 	var files []File
@@ -249,5 +364,6 @@ func ListFiles(root fs.FS) ([]File, error) {
 		files = append(files, f)
 		return nil
 	})
+	slices.SortFunc(files, func(a, b File) int { return strings.Compare(a.Path, b.Path) }) // a walk puts a/b before a.txt
 	return files, err
 }

@@ -1,7 +1,6 @@
 package repo
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
@@ -9,126 +8,140 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"iter"
+	"maps"
 	"os"
-	"path"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/pgkeep/pgkeep/internal/fail"
-	"github.com/pgkeep/pgkeep/internal/seal"
 	"github.com/pgkeep/pgkeep/internal/store"
 )
 
-// A Writing is a tree to be stored as the content of a backup.
+// A Writing says how the content of a backup is stored.
 type Writing struct {
 	Ref
-	Root  *os.Root
-	Files []File
 
-	Readers  int // goroutines that read, hash and compress; 0: one for each processor
-	Senders  int // uploads at a time; 0: 4
-	PackSize int // bytes at which a pack is sent; 0: 16 MiB
+	// Open opens a file to be read. fs.ErrNotExist: it vanished, and its entry
+	// is left out. It may correct the size of a file that is read in one chunk
+	// (of up to 32 MiB); bytes that are missing in the end are zeros. Nil: files
+	// are opened below Root, and a file that became shorter is an error.
+	Open func(f *File) (Source, error)
+	Root *os.Root
+
+	Readers  int   // goroutines that read, hash and compress; 0: one for each processor
+	Senders  int   // uploads at a time; 0: 4
+	PackSize int   // bytes at which a pack is sent; 0: 16 MiB
+	Total    int64 // bytes to come, for Progress; 0: as many as were listed so far
 
 	// Progress, when not nil, is told now and then how far it is. It is
 	// called from several goroutines.
 	Progress func(Progress)
+	// Wait, when not nil, is called before n bytes are read: a throttle.
+	Wait func(ctx context.Context, n int64) error
+	// Stored, when not nil, is told of each entry whose content is stored, in
+	// path order within a batch.
+	Stored func(Entry)
 }
 
-// Progress counts what a Write has done so far.
+// A Source is a file that is being read, by several goroutines.
+//
+// It may have two methods more. Hole(off, n int64) bool says that these bytes
+// are zeros without reading them; what a file system says of data that was
+// written a moment ago is not to be trusted with that. Damaged() []int64 is
+// asked after the last read for the blocks whose page checksum is wrong.
+type Source interface {
+	io.ReaderAt
+	io.Closer
+}
+
+// Progress counts what was done so far.
 type Progress struct {
 	Read  int64 // bytes of files read and compared or compressed
 	Total int64 // bytes of all files
-	Kept  int64 // bytes of files that earlier attempts had stored already
+	Kept  int64 // bytes of files that were stored already, by earlier attempts or backups
 	Sent  int64 // bytes of packs sent
 }
 
-// Write stores a tree and returns its Content. When an earlier attempt of the
-// same backup finished, it returns that one's. What unfinished attempts left in
-// the bucket is listed, hash-checked against the files, and kept: only the rest
-// is sent.
-//
-// Data goes in packs, then the list of files, then the draft, which makes it count.
-func (r *Repo) Write(ctx context.Context, w Writing) (Content, error) {
-	content, err := r.Draft(ctx, w.Ref)
-	if !errors.Is(err, store.ErrNotExist) {
-		return content, err
+// Write stores files below w.Root and returns the Content: Begin, Add and Finish
+// in one.
+func (r *Repo) Write(ctx context.Context, w Writing, files []File) (Content, error) {
+	for _, f := range files {
+		w.Total += f.Size
 	}
-	wr, err := r.newWriter(ctx, w)
+	wr, err := r.Begin(ctx, w)
 	if err != nil {
 		return Content{}, err
 	}
-	if err := wr.run(ctx); err != nil {
-		return Content{}, err
-	}
-	tree := wr.tree()
-	part, err := r.writeTree(ctx, w.dir()+"tree-"+randomHex(4)+".jsonl.zst", string(w.ID), tree)
+	err = wr.Add(ctx, func(yield func(File, error) bool) {
+		for _, f := range files {
+			if !yield(f, nil) {
+				return
+			}
+		}
+	})
 	if err != nil {
 		return Content{}, err
 	}
-	content = Content{Trees: []Part{part}, Files: len(tree.Entries), Packs: len(tree.Packs)}
-	for _, e := range tree.Entries {
-		content.Bytes += e.Size
-	}
-	for _, p := range tree.Packs {
-		content.Stored += p.Size
-	}
-	err = putSigned(ctx, r.st, r.access, w.dir()+"draft.json", draft{r.access.header("draft"), w.Ref, content})
-	if errors.Is(err, store.ErrExist) { // another attempt was faster; its packs are as good
-		return r.Draft(ctx, w.Ref)
-	}
-	return content, err
+	return wr.Finish(ctx, nil)
 }
 
-// chunkBlocks is how many blocks of a file one reader takes at a time: 32 MiB.
-const chunkBlocks = 4096
+// A Writer stores the content of one backup. What is stored already, by
+// unfinished attempts of the same backup or by the newest backup that its intent
+// pins, is compared by hash, block by block, and kept: only the rest is sent.
+//
+// Data goes in packs, then parts of the list of files, then the draft, which
+// makes it count. Its methods are called one after another. What it holds is
+// memory alone, and that does not grow with the number or size of files.
+type Writer struct {
+	repo *Repo
+	opt  Writing
+	to   recipients
+	seed uint64
+	done *Content // a finished draft
 
-type writer struct {
-	repo  *Repo
-	opt   Writing
-	to    recipients
-	prior *prior
-	seed  uint64
+	feet     *footers
+	attempts []attempt
+	prior    *prior
 
 	number atomic.Int64       // of the newest pack
 	free   chan *bytes.Buffer // of the size of a pack; their number bounds the memory
-	send   chan *builder
+	spare  atomic.Int64       // bytes of old layers that may still be stored anew
 
-	read, kept, sent atomic.Int64
-	total            int64
+	read, kept, sent, total atomic.Int64
 
-	mu    sync.Mutex
-	files []fileState // parallel to opt.Files
-	packs map[int64]Pack
+	batch   int
+	tree    treeWriter
+	content Content
+	packs   map[string]bool // keys of all packs that the trees name
+	uses    map[ID]bool
 }
 
-// fileState is what is known of a file while it is being stored.
-type fileState struct {
-	crc    uint32
-	zero   []run
-	layers []layerRef // not in order; chunks of one file do not overlap
-}
+const (
+	chunkBlocks = 4096     // of a file, that one reader takes at a time: 32 MiB
+	readSize    = 1 << 20  // bytes read at a time
+	packFrames  = 8192     // a pack is sent at so many frames: its directory is held in memory
+	feetMemory  = 48 << 20 // bytes of directories of packs kept for comparing
+	strideFiles = 16 << 10 // what is begun before all that is begun is ended, in files …
+	chunkWeight = 4        // … of which a chunk counts for as many
+	spareShare  = 20       // of what the prior holds, 1/20 may be stored anew to keep layers few and young
+)
 
-// layerRef is a layer before packs have an index: stored now, or found.
-type layerRef struct {
-	pack   packID
-	first  int
-	frames int
-	offset int64
-	block  int64 // first block, to bring layers into the order of the file
-}
-
-// packID names a pack of this attempt by its number, one of an earlier attempt
-// by its index among those found.
-type packID struct {
-	found bool
-	n     int64
-}
-
-func (r *Repo) newWriter(ctx context.Context, w Writing) (*writer, error) {
+// Begin looks for what is stored already. Where the same backup's upload is
+// finished, Done says so, and Add and Finish have nothing to do.
+func (r *Repo) Begin(ctx context.Context, w Writing) (*Writer, error) {
+	content, err := r.Draft(ctx, w.Ref)
+	if err == nil {
+		return &Writer{repo: r, opt: w, done: &content}, nil
+	}
+	if !errors.Is(err, store.ErrNotExist) {
+		return nil, err
+	}
 	if w.Readers == 0 {
 		w.Readers = runtime.GOMAXPROCS(0)
 	}
@@ -138,23 +151,27 @@ func (r *Repo) newWriter(ctx context.Context, w Writing) (*writer, error) {
 	if w.PackSize == 0 {
 		w.PackSize = 16 << 20
 	}
-	wr := &writer{repo: r, opt: w, files: make([]fileState, len(w.Files)), packs: make(map[int64]Pack),
-		free: make(chan *bytes.Buffer, w.Readers+w.Senders), send: make(chan *builder)}
-	for _, f := range w.Files {
-		wr.total += f.Size
-	}
-	var err error
+	wr := &Writer{repo: r, opt: w, feet: newFooters(r, feetMemory), free: make(chan *bytes.Buffer, w.Readers+w.Senders),
+		packs: make(map[string]bool), uses: make(map[ID]bool)}
 	if wr.to.data, err = r.data(); err != nil {
 		return nil, err
 	}
 	if wr.to.meta, err = r.metadata(); err != nil {
 		return nil, err
 	}
-	if wr.prior, err = r.findPrior(ctx, w.Ref, wr.progress); err != nil {
+	if wr.prior, err = r.findPrior(ctx, w.Ref); err != nil {
+		return nil, fmt.Errorf("look for an earlier backup: %w", err)
+	}
+	if wr.prior != nil {
+		wr.seed = wr.prior.seed
+		wr.spare.Store(wr.prior.manifest.Bytes / spareShare)
+	}
+	var highest int64
+	if wr.attempts, highest, err = wr.findAttempts(ctx); err != nil {
 		return nil, err
 	}
-	wr.number.Store(wr.prior.last)
-	if wr.seed = wr.prior.seed; len(wr.prior.packs) == 0 {
+	wr.number.Store(highest)
+	if wr.seed == 0 {
 		var b [8]byte
 		rand.Read(b[:])
 		wr.seed = binary.LittleEndian.Uint64(b[:])
@@ -165,24 +182,172 @@ func (r *Repo) newWriter(ctx context.Context, w Writing) (*writer, error) {
 	return wr, nil
 }
 
+// Done returns the content of an upload that was finished before.
+func (w *Writer) Done() (Content, bool) {
+	if w.done == nil {
+		return Content{}, false
+	}
+	return *w.done, true
+}
+
+// Add stores a batch of files, in the byte order of their paths. When it
+// returns, they are in the bucket. It may be called again with other files.
+func (w *Writer) Add(ctx context.Context, files iter.Seq2[File, error]) error {
+	if w.done != nil {
+		return nil
+	}
+	l := lister{cursor: w.prior.cursor(w.batch), attempts: newAttemptsInOrder(w.attempts)}
+	defer l.cursor.close()
+	var stop func()
+	l.next, stop = iter.Pull2(files)
+	defer stop()
+	for !l.ended {
+		stride, err := w.stride(ctx, &l)
+		if err != nil {
+			return err
+		}
+		for _, f := range stride {
+			if err := w.enter(ctx, f); err != nil {
+				return err
+			}
+		}
+	}
+	err := w.writePart(ctx)
+	w.batch++
+	return err
+}
+
+// Finish writes the draft and returns the content. physical is nil for a
+// logical backup.
+func (w *Writer) Finish(ctx context.Context, physical *PhysicalFacts) (Content, error) {
+	if w.done != nil {
+		return *w.done, nil
+	}
+	if len(w.content.Trees) == 0 { // an empty list is one, too
+		if err := w.writeTree(ctx); err != nil {
+			return Content{}, err
+		}
+	}
+	w.content.Packs, w.content.Physical = len(w.packs), physical
+	w.content.Uses = slices.Sorted(maps.Keys(w.uses))
+	err := putSigned(ctx, w.repo.st, w.repo.access, w.opt.dir()+"draft.json", draft{w.repo.access.header("draft"), w.opt.Ref, w.content})
+	if errors.Is(err, store.ErrExist) { // another attempt was faster; its packs are as good
+		return w.repo.Draft(ctx, w.opt.Ref)
+	}
+	return w.content, err
+}
+
+// Close lets go of what an unfinished Writer holds. What it stored stays, for
+// the next attempt.
+func (w *Writer) Close() {
+	w.feet, w.attempts, w.prior, w.free = nil, nil, nil, nil
+	w.tree = treeWriter{}
+}
+
+// A lister brings files in path order together with what is stored of them.
+type lister struct {
+	next     func() (File, error, bool)
+	cursor   *cursor
+	attempts *attemptsInOrder
+	last     string
+	ended    bool
+}
+
+// A filing is a file that is being stored.
+type filing struct {
+	file   File
+	held   []heldLayer // newest first
+	chunks int
+
+	opening sync.Once
+	source  Source // nil: vanished, or nothing to read
+	err     error  // of opening it
+
+	mu      sync.Mutex
+	left    int // chunks
+	gone    bool
+	crc     uint32
+	zero    []run
+	layers  []layerRef // not in order; chunks of one file do not overlap
+	damaged []int64
+}
+
+func (f *filing) packFile() packFile {
+	return packFile{f.file.Path, f.file.Size, blockSizeFor(f.file.Size)}
+}
+
+// A layerRef is a layer before its pack has an index.
+type layerRef struct {
+	order  int   // among what was stored already; -1: stored now
+	pack   *Pack // complete only when it is sent
+	first  int
+	frames int
+	offset int64
+}
+
 // A chunk is blocks of one file that one reader handles.
 type chunk struct {
-	file         int // index into files
+	file         *filing
 	first, count int64
 }
 
-// run reads, compares, packs and sends everything. Readers fill packs and hand
-// full ones to senders; a pack's buffer goes back when it is sent.
-func (w *writer) run(ctx context.Context) error {
-	chunks := make(chan chunk)
+// file lists the next file.
+func (l *lister) file(ctx context.Context) (*filing, error) {
+	file, err, ok := l.next()
+	if !ok {
+		l.ended = true
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := validPath(file.Path); err != nil {
+		return nil, fmt.Errorf("%q: %w", file.Path, err)
+	}
+	if file.Path <= l.last {
+		return nil, fmt.Errorf("%q is listed behind %q: not in path order", file.Path, l.last)
+	}
+	l.last = file.Path
+	f := &filing{file: file}
+	if file.Dir || file.Link != "" {
+		f.file.Size = 0
+		return f, nil
+	}
+	pf := f.packFile()
+	f.chunks = max(1, int((pf.count()+chunkBlocks-1)/chunkBlocks))
+	f.left = f.chunks
+	for _, a := range l.attempts.at(file.Path) {
+		f.held = append(f.held, heldLayer{order: len(f.held), pack: &a.pack, size: 1 << 62, own: true})
+	}
+	e, packs, ok, err := l.cursor.at(ctx, file.Path)
+	if ok && e.file() {
+		for _, layer := range e.Layers {
+			f.held = append(f.held, heldLayer{order: len(f.held), pack: &packs[layer.Pack], first: layer.First, frames: layer.Frames, size: e.Size})
+		}
+	}
+	return f, err
+}
+
+// stride stores the next files, so many that what is known of them fits into
+// memory. Readers fill packs and hand full ones to senders; a pack's buffer goes
+// back when it is sent. All packs are sent when it returns.
+func (w *Writer) stride(ctx context.Context, l *lister) (stride []*filing, err error) {
+	chunks, send := make(chan chunk), make(chan *builder)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		defer close(chunks)
-		for i, f := range w.opt.Files {
-			pf := packFile{f.Path, f.Size, blockSizeFor(f.Size)}
-			for first := int64(0); first < pf.count(); first += chunkBlocks {
+		for weight := 0; weight < strideFiles; {
+			f, err := l.file(ctx)
+			if f == nil || err != nil {
+				return err
+			}
+			stride = append(stride, f)
+			weight += 1 + chunkWeight*f.chunks
+			w.total.Add(f.file.Size)
+			count := f.packFile().count()
+			for n := range int64(f.chunks) {
 				select {
-				case chunks <- chunk{i, first, min(chunkBlocks, pf.count()-first)}:
+				case chunks <- chunk{f, n * chunkBlocks, min(chunkBlocks, count-n*chunkBlocks)}:
 				case <-ctx.Done():
 					return ctx.Err()
 				}
@@ -192,15 +357,15 @@ func (w *writer) run(ctx context.Context) error {
 	})
 	readers, rctx := errgroup.WithContext(ctx)
 	for range w.opt.Readers {
-		readers.Go(func() error { return w.reader(rctx, chunks) })
+		readers.Go(func() error { return w.reader(rctx, chunks, send) })
 	}
 	g.Go(func() error {
-		defer close(w.send)
+		defer close(send)
 		return readers.Wait()
 	})
 	for range w.opt.Senders {
 		g.Go(func() error {
-			for b := range w.send {
+			for b := range send {
 				if err := w.sendPack(ctx, b); err != nil {
 					return err
 				}
@@ -208,352 +373,151 @@ func (w *writer) run(ctx context.Context) error {
 			return nil
 		})
 	}
-	return g.Wait()
+	err = g.Wait()
+	return stride, err
 }
 
 // sendPack completes and stores one pack.
-func (w *writer) sendPack(ctx context.Context, b *builder) error {
-	n := int64(b.foot.Number)
-	p, err := b.finish(fmt.Sprintf("%s%06d-%s.pack", w.opt.packs(), n, randomHex(4)))
+func (w *Writer) sendPack(ctx context.Context, b *builder) error {
+	err := b.finish(fmt.Sprintf("%s%06d-%s.pack", w.opt.packs(), b.foot.Number, randomHex(4)))
 	if err != nil {
 		return err
 	}
-	if err := putOnce(ctx, w.repo.st, p.Key, b.buf.Bytes()); err != nil {
+	if err := putOnce(ctx, w.repo.st, b.pack.Key, b.buf.Bytes()); err != nil {
 		return err
 	}
-	w.mu.Lock()
-	w.packs[n] = p
-	w.mu.Unlock()
 	b.buf.Reset()
 	w.free <- b.buf
-	w.sent.Add(p.Size)
+	w.sent.Add(b.pack.Size)
 	w.progress()
 	return nil
 }
 
-func (w *writer) progress() {
+func (w *Writer) progress() {
 	if w.opt.Progress != nil {
-		w.opt.Progress(Progress{Read: w.read.Load(), Total: w.total, Kept: w.kept.Load(), Sent: w.sent.Load()})
+		w.opt.Progress(Progress{Read: w.read.Load(), Total: max(w.opt.Total, w.total.Load()), Kept: w.kept.Load(), Sent: w.sent.Load()})
 	}
 }
 
-// A packer is one reader's state: the pack it fills and what it needs for that.
-type packer struct {
-	w    *writer
-	comp *seal.Compressor
-	b    *builder // nil: none begun
-
-	in         *bufio.Reader
-	block      []byte // one
-	compressed []byte // one frame
-}
-
-// reader handles chunks until there are no more, then sends what it has.
-func (w *writer) reader(ctx context.Context, chunks <-chan chunk) error {
-	comp, err := seal.NewCompressor()
-	if err != nil {
-		return err
-	}
-	p := &packer{w: w, comp: comp, in: bufio.NewReaderSize(nil, 1<<20), block: make([]byte, smallFile)}
-	for c := range chunks {
-		if err := p.chunk(ctx, c); err != nil {
-			return fmt.Errorf("store %s: %w", w.opt.Files[c.file].Path, err)
-		}
-	}
-	return p.flush(ctx)
-}
-
-func (p *packer) flush(ctx context.Context) error {
-	if p.b == nil {
+// enter puts a stored file into the list.
+func (w *Writer) enter(ctx context.Context, f *filing) error {
+	if f.gone {
 		return nil
 	}
-	select {
-	case p.w.send <- p.b:
-		p.b = nil
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// chunk stores the blocks of c that are not stored yet.
-func (p *packer) chunk(ctx context.Context, c chunk) error {
-	f := p.w.opt.Files[c.file]
-	file := packFile{f.Path, f.Size, blockSizeFor(f.Size)}
-	src, err := p.w.opt.Root.Open(f.Path)
-	if err != nil {
-		return err
-	}
-	defer src.Close()
-
-	var st fileState
-	var pending frameBuf
-	winners := p.w.prior.file(file, c.first, c.count)
-	in := p.in
-	in.Reset(io.NewSectionReader(src, c.first*file.Block, c.count*file.Block))
-	for n := c.first; n < c.first+c.count; n++ {
-		block := p.block[:file.length(n)]
-		if _, err := io.ReadFull(in, block); err != nil {
-			return fmt.Errorf("at byte %d of %d: %w", n*file.Block, file.Size, noEOF(err))
-		}
-		after := file.Size - n*file.Block - int64(len(block))
-		id := seal.Identify(block, p.w.seed)
-		st.crc ^= seal.ShiftCRC(id.CRC(), after)
-		switch winner := winners[n-c.first]; {
-		case allZero(block):
-			st.zero = appendRun(st.zero, n)
-		case winner.ok && winner.id == id:
-			st.keep(winner, n)
-			p.w.kept.Add(int64(len(block)))
-		default:
-			pending.add(n, id, block)
-		}
-		if pending.n == frameBlocks || n == c.first+c.count-1 {
-			if err := p.frame(ctx, file, &st, &pending); err != nil {
-				return err
+	e := Entry{Path: f.file.Path, Dir: f.file.Dir, Link: f.file.Link, Mode: f.file.Mode, Modified: f.file.Modified}
+	var packs []*Pack
+	if e.file() {
+		e.Size, e.Block, e.CRC = f.file.Size, blockSizeFor(f.file.Size), f.crc
+		slices.SortFunc(f.zero, func(a, b run) int { return int(a[0] - b[0]) })
+		slices.Sort(f.damaged)
+		e.Zero, e.Damaged = joinRuns(f.zero), f.damaged
+		for _, l := range joinLayers(f.layers) {
+			e.Layers = append(e.Layers, Layer{First: l.first, Frames: l.frames, Offset: l.offset})
+			packs = append(packs, l.pack)
+			if !w.packs[l.pack.Key] {
+				w.packs[l.pack.Key] = true
+				w.content.Stored += l.pack.Size
+			}
+			if owner := packOwner(l.pack.Key); owner != w.opt.ID {
+				w.uses[owner] = true
 			}
 		}
-		p.w.read.Add(int64(len(block)))
 	}
-	p.w.mu.Lock()
-	all := &p.w.files[c.file]
-	all.crc ^= st.crc
-	all.zero = append(all.zero, st.zero...)
-	all.layers = append(all.layers, st.layers...)
-	p.w.mu.Unlock()
-	p.w.progress()
-	return ctx.Err()
-}
-
-// A frameBuf collects the blocks of the next frame.
-type frameBuf struct {
-	n       int
-	blocks  []run
-	ids     []seal.BlockID
-	content []byte
-}
-
-func (b *frameBuf) add(n int64, id seal.BlockID, block []byte) {
-	b.n++
-	b.blocks = appendRun(b.blocks, n)
-	b.ids = append(b.ids, id)
-	b.content = append(b.content, block...)
-}
-
-func (b *frameBuf) reset() {
-	b.n, b.blocks, b.ids, b.content = 0, b.blocks[:0], b.ids[:0], b.content[:0]
-}
-
-// frame compresses what is pending and adds it to the pack.
-func (p *packer) frame(ctx context.Context, file packFile, st *fileState, pending *frameBuf) error {
-	if pending.n == 0 {
-		return nil
+	w.content.Files++
+	w.content.Bytes += e.Size
+	if err := w.tree.add(e, packs); err != nil {
+		return fmt.Errorf("list %s: %w", e.Path, err)
 	}
-	if p.b == nil {
-		var buf *bytes.Buffer
-		select {
-		case buf = <-p.w.free:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-		// Doubling would leave it twice as large: a pack, its last frame, its footer.
-		buf.Grow(p.w.opt.PackSize + seal.Overhead(p.w.opt.PackSize, 2) + 1<<20)
-		var err error
-		if p.b, err = newBuilder(buf, p.w.repo.access.header("pack"), string(p.w.opt.ID), int(p.w.number.Add(1)), p.w.seed, p.w.to); err != nil {
-			return err
-		}
+	if w.opt.Stored != nil {
+		w.opt.Stored(e)
 	}
-	p.compressed = p.comp.Append(p.compressed[:0], pending.content)
-	st.stored(packID{n: int64(p.b.foot.Number)}, len(p.b.foot.Frames), p.b.plain, pending.blocks[0][0])
-	if err := p.b.add(file, pending.blocks, pending.ids, len(pending.content), p.compressed); err != nil {
-		return err
-	}
-	pending.reset()
-	if p.b.buf.Len() >= p.w.opt.PackSize {
-		return p.flush(ctx)
+	if w.tree.full() {
+		return w.writePart(ctx)
 	}
 	return nil
 }
 
-// stored notes a frame that was just added to a pack.
-func (s *fileState) stored(pack packID, frame int, offset, block int64) {
-	if n := len(s.layers); n > 0 {
-		if l := &s.layers[n-1]; l.pack == pack && l.first+l.frames == frame {
-			l.frames++
+// writePart stores the list as far as it goes.
+func (w *Writer) writePart(ctx context.Context) error {
+	if w.tree.entries == 0 {
+		return nil
+	}
+	return w.writeTree(ctx)
+}
+
+func (w *Writer) writeTree(ctx context.Context) error {
+	part, err := w.repo.writeTree(ctx, w.opt.dir()+"tree-"+randomHex(4)+".jsonl.zst", string(w.opt.ID), w.batch, &w.tree)
+	w.content.Trees = append(w.content.Trees, part)
+	w.tree.reset()
+	return err
+}
+
+// joinLayers brings layers into order, newest first, and makes one of those
+// whose frames follow each other, and of what is left of one that was kept. The
+// frames between, which were part of it, hold nothing that counts: their blocks
+// were compared, and what changed is in a newer layer.
+func joinLayers(all []layerRef) (joined []layerRef) {
+	slices.SortFunc(all, func(a, b layerRef) int {
+		if a.order != b.order {
+			return a.order - b.order
+		}
+		if c := strings.Compare(a.pack.Key, b.pack.Key); c != 0 {
+			return c
+		}
+		return a.first - b.first
+	})
+	for _, l := range all {
+		if n := len(joined); n > 0 {
+			last := &joined[n-1]
+			if end := last.first + last.frames; last.order == l.order && last.pack == l.pack && (l.order >= 0 || l.first <= end) {
+				last.frames = max(end, l.first+l.frames) - last.first
+				continue
+			}
+		}
+		joined = append(joined, l)
+	}
+	return joined
+}
+
+// open opens the source once, and says whether there is one.
+func (f *filing) open(w *Writing) (bool, error) {
+	f.opening.Do(func() {
+		file := f.file
+		if w.Open == nil {
+			var src *os.File
+			if src, f.err = w.Root.Open(file.Path); f.err == nil {
+				f.source = src
+			}
 			return
 		}
-	}
-	s.layers = append(s.layers, layerRef{pack: pack, first: frame, frames: 1, offset: offset, block: block})
+		if f.source, f.err = w.Open(&file); errors.Is(f.err, fs.ErrNotExist) {
+			f.gone, f.source, f.err = true, nil, nil
+		} else if f.chunks == 1 {
+			f.file.Size = max(0, file.Size)
+		}
+	})
+	return !f.gone, f.err
 }
 
-// keep notes a block that an earlier attempt stored.
-func (s *fileState) keep(w winner, block int64) {
-	if n := len(s.layers); n > 0 {
-		l := &s.layers[n-1]
-		if last := l.first + l.frames; l.pack == w.pack && (w.frame == last-1 || w.frame == last) {
-			l.frames += w.frame - last + 1
-			return
-		}
+// close ends one chunk; after the last one the source is not needed any more.
+func (f *filing) close() error {
+	f.mu.Lock()
+	f.left--
+	last := f.left == 0
+	f.mu.Unlock()
+	if !last || f.source == nil {
+		return nil
 	}
-	s.layers = append(s.layers, layerRef{pack: w.pack, first: w.frame, frames: 1, offset: w.offset, block: block})
+	if d, ok := f.source.(interface{ Damaged() []int64 }); ok {
+		f.damaged = slices.Clone(d.Damaged())
+	}
+	return f.source.Close()
 }
 
-// tree builds the list of files once everything is stored.
-func (w *writer) tree() Tree {
-	var t Tree
-	index := make(map[packID]int)
-	for i, f := range w.opt.Files {
-		st := w.files[i]
-		e := Entry{Path: f.Path, Dir: f.Dir, Mode: f.Mode, Size: f.Size}
-		if !f.Dir {
-			e.Block, e.CRC = blockSizeFor(f.Size), st.crc
-			slices.SortFunc(st.zero, func(a, b run) int { return int(a[0] - b[0]) })
-			e.Zero = joinRuns(st.zero)
-		}
-		// What is stored now is newer than what was found, and of what was
-		// found a later pack is newer: within each the order of the file.
-		slices.SortFunc(st.layers, func(a, b layerRef) int {
-			if a.pack.found != b.pack.found {
-				if a.pack.found {
-					return 1
-				}
-				return -1
-			}
-			if a.pack.found && a.pack.n != b.pack.n {
-				return int(a.pack.n - b.pack.n)
-			}
-			return int(a.block - b.block)
-		})
-		for _, l := range st.layers {
-			n, ok := index[l.pack]
-			if !ok {
-				n = len(t.Packs)
-				index[l.pack] = n
-				if l.pack.found {
-					t.Packs = append(t.Packs, w.prior.packs[l.pack.n])
-				} else {
-					t.Packs = append(t.Packs, w.packs[l.pack.n])
-				}
-			}
-			e.Layers = append(e.Layers, Layer{Pack: n, First: l.first, Frames: l.frames, Offset: l.offset})
-		}
-		t.Entries = append(t.Entries, e)
-	}
-	return t
-}
+// zeroBlock is what blocks are compared with.
+var zeroBlock [smallFile]byte
 
-// A prior is what unfinished attempts of the same backup left: the packs whose
-// directories could be read and checked, newest first.
-type prior struct {
-	seed   uint64
-	last   int64 // highest number of a pack
-	packs  []Pack
-	frames map[string][]priorFrame // by path, newest pack first
-}
-
-type priorFrame struct {
-	file   packFile
-	pack   int // index into packs
-	frame  int
-	offset int64
-	blocks []run
-	ids    []seal.BlockID
-}
-
-// A winner is the newest stored version of a block.
-type winner struct {
-	ok     bool
-	id     seal.BlockID
-	pack   packID
-	frame  int
-	offset int64
-}
-
-// findPrior lists the packs of a backup and reads their directories. A pack
-// that cannot be read is left alone: it will not be part of the backup. After
-// each, moved is called.
-func (r *Repo) findPrior(ctx context.Context, b Ref, moved func()) (*prior, error) {
-	p := &prior{frames: make(map[string][]priorFrame)}
-	var objects []store.Object
-	for o, err := range r.st.List(ctx, b.packs(), "") {
-		if err != nil {
-			return nil, wrap("list", b.packs(), err)
-		}
-		objects = append(objects, o)
-	}
-	slices.Reverse(objects) // numbers ascend: newest first
-	type read struct {
-		foot *footer
-		pack Pack
-	}
-	reads := make([]read, len(objects))
-	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(8)
-	for i, o := range objects {
-		g.Go(func() error {
-			foot, pack, err := r.readFooter(gctx, o.Key, o.Size, nil)
-			switch {
-			case err == nil:
-				reads[i] = read{foot, pack}
-			case errors.Is(err, fail.Corrupt), errors.Is(err, fail.NoKey), errors.Is(err, store.ErrNotExist):
-			default:
-				return err
-			}
-			moved()
-			return nil
-		})
-	}
-	if err := g.Wait(); err != nil {
-		return nil, err
-	}
-	for i, o := range objects {
-		var n int64
-		if _, err := fmt.Sscanf(path.Base(o.Key), "%d-", &n); err == nil {
-			p.last = max(p.last, n)
-		}
-		rd := reads[i]
-		if rd.foot == nil || rd.foot.Backup != string(b.ID) || len(p.packs) > 0 && rd.foot.Seed != p.seed {
-			continue
-		}
-		p.seed = rd.foot.Seed
-		p.add(rd.foot, rd.pack)
-	}
-	return p, nil
-}
-
-func (p *prior) add(foot *footer, pack Pack) {
-	n, offset := len(p.packs), int64(0)
-	p.packs = append(p.packs, pack)
-	ids := foot.ids
-	for i, fr := range foot.Frames {
-		file, count := foot.Files[fr.File], fr.blocks()
-		p.frames[file.Path] = append(p.frames[file.Path], priorFrame{file, n, i, offset, fr.Blocks, ids[:count]})
-		ids = ids[count:]
-		offset += int64(fr.Content)
-	}
-}
-
-// file returns the winners for blocks first.. of a file. A file that had
-// another size then has none: its blocks may be cut elsewhere.
-func (p *prior) file(f packFile, first, count int64) []winner {
-	winners := make([]winner, count)
-	for _, fr := range p.frames[f.Path] {
-		end := fr.blocks[len(fr.blocks)-1]
-		if fr.file != f || fr.blocks[0][0] >= first+count || end[0]+end[1] <= first {
-			continue
-		}
-		i := 0
-		for _, r := range fr.blocks {
-			for b := r[0]; b < r[0]+r[1]; b, i = b+1, i+1 {
-				if b < first || b >= first+count || winners[b-first].ok {
-					continue
-				}
-				winners[b-first] = winner{true, fr.ids[i], packID{true, int64(fr.pack)}, fr.frame, fr.offset}
-			}
-		}
-	}
-	return winners
-}
+func allZero(b []byte) bool { return bytes.Equal(b, zeroBlock[:len(b)]) }
 
 func appendRun(runs []run, n int64) []run {
 	if len(runs) > 0 {
@@ -574,16 +538,4 @@ func joinRuns(sorted []run) (joined []run) {
 		}
 	}
 	return joined
-}
-
-func allZero(b []byte) bool {
-	return len(b) > 0 && b[0] == 0 && bytes.Equal(b[1:], b[:len(b)-1])
-}
-
-// noEOF names the end of a file that came too early.
-func noEOF(err error) error {
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return errors.New("the file became shorter while it was read")
-	}
-	return err
 }

@@ -146,6 +146,26 @@ func DecryptFrom(r io.Reader, identities ...age.Identity) (io.Reader, error) {
 	return plain, decryptError(err)
 }
 
+// DecryptAt returns a reader of parts of what was encrypted, in a section of
+// size bytes, and the length of the content. Errors are as with DecryptFrom.
+func DecryptAt(section io.ReaderAt, size int64, identities ...age.Identity) (io.ReaderAt, int64, error) {
+	if len(identities) == 0 {
+		return nil, 0, fmt.Errorf("encrypted, and no identity at hand: %w", fail.NoKey)
+	}
+	plain, n, err := age.DecryptReaderAt(section, size, identities...)
+	return plain, n, decryptError(err)
+}
+
+// Sealed returns where bytes from:to of a content of n bytes stand, encrypted,
+// in a section of size bytes: age encrypts 64 KiB at a time, and says before
+// them to whom.
+func Sealed(from, to, n, size int64) (first, last int64) {
+	const chunk, tag = 64 << 10, 16
+	chunks := max(1, (n+chunk-1)/chunk)
+	head := size - n - chunks*tag
+	return head + from/chunk*(chunk+tag), min(size, head+(to+chunk-1)/chunk*(chunk+tag))
+}
+
 // Decrypt decrypts a whole section held in memory.
 func Decrypt(sealed []byte, identities ...age.Identity) ([]byte, error) {
 	r, err := DecryptFrom(bytes.NewReader(sealed), identities...)

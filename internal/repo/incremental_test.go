@@ -1,0 +1,174 @@
+package repo_test
+
+import (
+	"bytes"
+	"fmt"
+	"io/fs"
+	"iter"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/store"
+)
+
+// A disk is the files of a cluster as a test sees them: content by path.
+type disk map[string][]byte
+
+// source is an open file of a disk.
+type source struct{ *bytes.Reader }
+
+func (source) Close() error { return nil }
+
+const label = "data/backup_label"
+
+// files lists the label alone, or all but that; a path that ends in "@" is a link to its content, one
+// that ends in "/" a directory.
+func (d disk) files(last bool) iter.Seq2[repo.File, error] {
+	return func(yield func(repo.File, error) bool) {
+		for _, p := range slices.Sorted(maps.Keys(d)) {
+			if (p == label) != last {
+				continue
+			}
+			f := repo.File{Path: p, Mode: 0o600, Size: int64(len(d[p])), Modified: now}
+			switch {
+			case strings.HasSuffix(p, "@"):
+				f = repo.File{Path: p, Link: string(d[p]), Mode: 0o777}
+			case strings.HasSuffix(p, "/"):
+				f = repo.File{Path: strings.TrimSuffix(p, "/"), Dir: true, Mode: 0o700}
+			}
+			if !yield(f, nil) {
+				return
+			}
+		}
+	}
+}
+
+func (d disk) open(f *repo.File) (repo.Source, error) {
+	b, ok := d[f.Path]
+	if !ok {
+		return nil, fs.ErrNotExist
+	}
+	return source{bytes.NewReader(b)}, nil
+}
+
+// backupID returns the id of the n-th backup.
+func backupID(n int) repo.ID {
+	return repo.NewID(now.Add(time.Duration(n)*24*time.Hour), fmt.Sprintf("%08x", n))
+}
+
+// take stores and publishes a disk as backup n, which may keep blocks of others.
+func take(r *repo.Repo, d disk, n int, pins ...int) (repo.Manifest, repo.Progress, error) {
+	b := repo.Ref{Cluster: "main", ID: backupID(n)}
+	in := repo.Intent{Ref: b, Kind: repo.Physical, StartedAt: now}
+	for _, pin := range pins {
+		in.Pins = append(in.Pins, backupID(pin))
+	}
+	if _, err := r.WriteIntent(ctx, in, func() time.Time { return now }); err != nil {
+		return repo.Manifest{}, repo.Progress{}, err
+	}
+	progress, err := upload(r, d, n)
+	if err != nil {
+		return repo.Manifest{}, progress, err
+	}
+	m, err := r.Publish(ctx, repo.Manifest{Ref: b, Kind: repo.Physical, StartedAt: now, FinishedAt: now})
+	return m, progress, err
+}
+
+func upload(r *repo.Repo, d disk, n int) (progress repo.Progress, err error) {
+	w, err := r.Begin(ctx, repo.Writing{Ref: repo.Ref{Cluster: "main", ID: backupID(n)}, Open: d.open, Readers: 1, Senders: 1, PackSize: 200_000,
+		Progress: func(p repo.Progress) { // one reader, one sender, and their numbers only grow
+			progress = repo.Progress{Read: max(progress.Read, p.Read), Kept: max(progress.Kept, p.Kept), Sent: max(progress.Sent, p.Sent)}
+		}})
+	if err != nil {
+		return progress, err
+	}
+	defer w.Close()
+	for _, last := range []bool{false, true} {
+		if err := w.Add(ctx, d.files(last)); err != nil {
+			return progress, err
+		}
+	}
+	_, err = w.Finish(ctx, &repo.PhysicalFacts{Start: 1 << 24, Stop: 2 << 24, SegmentSize: pg.SegmentSize(16 << 20)})
+	return progress, err
+}
+
+// readDisk reads a backup back into a directory, placed by the first element of
+// its paths.
+func readDisk(t testing.TB, r *repo.Repo, m repo.Manifest, dir string, keep bool) (disk, repo.Report, error) {
+	t.Helper()
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	rep, err := r.Read(ctx, m.ID, m.Content, repo.Reading{Keep: keep, Place: func(p string) (*os.Root, string, bool) {
+		first, rest, _ := strings.Cut(p, "/")
+		return root, filepath.Join(strings.ToUpper(first), rest), first != "config"
+	}})
+	if err != nil {
+		return nil, rep, err
+	}
+	got := make(disk)
+	err = fs.WalkDir(root.FS(), ".", func(p string, d fs.DirEntry, err error) error {
+		if err != nil || p == "." || p == "DATA" {
+			return err
+		}
+		name := "data" + strings.TrimPrefix(p, "DATA")
+		switch {
+		case d.IsDir():
+			got[name+"/"] = nil
+		case d.Type() == fs.ModeSymlink:
+			to, err := root.Readlink(p)
+			got[name] = []byte(to)
+			return err
+		default:
+			got[name], err = root.ReadFile(p)
+		}
+		return err
+	})
+	return got, rep, err
+}
+
+func pages(seed, n int) []byte {
+	b := make([]byte, n*8192)
+	x := uint64(seed)*2862933555777941757 + 3037000493
+	for i := 0; i < len(b); i += 8 {
+		x ^= x << 13
+		x ^= x >> 7
+		x ^= x << 17
+		b[i], b[i+1], b[i+3] = byte(x), byte(x>>8), byte(x>>16)
+	}
+	return b
+}
+
+func TestNothingChangedSendsNothing(t *testing.T) {
+	b := setup(t, new(store.Mem), true)
+	host := b.open(t, b.host)
+	d := disk{"data/": nil, "data/base/": nil, "data/base/1": pages(1, 100), "data/base/2": make([]byte, 300_000), "data/base/3": pages(2, 3),
+		"data/pg_tblspc@": []byte("/srv/fast"), "data/pg_notify/": nil, "data/empty": {}, label: []byte("START WAL LOCATION")}
+	if _, _, err := take(host, d, 1); err != nil {
+		t.Fatal(err)
+	}
+	m, p, err := take(host, d, 2, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.Sent > 0 || m.Packs == 0 || !slices.Equal(m.Uses, []repo.ID{backupID(1)}) {
+		t.Errorf("sent %d bytes; %d packs, of %v", p.Sent, m.Packs, m.Uses)
+	}
+	if m.Physical == nil || m.Physical.Stop != 2<<24 {
+		t.Errorf("facts = %+v", m.Physical)
+	}
+	got, _, err := readDisk(t, b.r, m, t.TempDir(), false)
+	delete(d, "data/")
+	if err != nil || !maps.EqualFunc(got, d, bytes.Equal) {
+		t.Errorf("restored %v, %v", slices.Sorted(maps.Keys(got)), err)
+	}
+}
