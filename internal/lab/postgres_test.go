@@ -1,6 +1,7 @@
 package lab_test
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
@@ -99,5 +100,26 @@ func TestStartPostgresSaysWhatIsWrong(t *testing.T) {
 	}
 	if !strings.Contains(err.Error(), "shared_buffers") {
 		t.Errorf("the error does not name the setting: %v", err)
+	}
+}
+
+func TestPostgresRunsEveryVersion(t *testing.T) {
+	for major := 14; major <= 18; major++ {
+		t.Run(fmt.Sprint(major), func(t *testing.T) {
+			ctx := t.Context()
+			p := lab.PostgresForTest(t, lab.PostgresOptions{Version: major})
+			conn, err := p.Connect(ctx, "postgres")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close(ctx)
+			var version int
+			if err := conn.QueryRow(ctx, "SELECT current_setting('server_version_num')::int / 10000").Scan(&version); err != nil || version != major {
+				t.Errorf("version %d, %v; want %d", version, err, major)
+			}
+			if err := p.Exec(ctx, "postgres", "CREATE EXTENSION amcheck", "SELECT bt_index_check('pg_class_oid_index')"); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
