@@ -80,11 +80,10 @@ func ParseControl(b []byte) (Control, error) {
 	return c, nil
 }
 
-// controlCRC is where the checksum stands. PostgreSQL 16 has a field more than
-// 15 under the same version of the control file.
+// controlCRC is where the checksum stands: PostgreSQL 18 has a field more
+// before it.
 func controlCRC(c Control) int {
-	const pg16 = 2023_00_00_0 // the catalogs of 15 are of 2022
-	if c.Catalog < pg16 {
+	if c.Version < 1800 {
 		return 288
 	}
 	return 292

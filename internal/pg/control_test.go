@@ -36,13 +36,13 @@ func signControl(b []byte, crc int) []byte {
 	return b
 }
 
-// PostgreSQL 16 moved the checksum, and kept the version of the file.
+// PostgreSQL 18 moved the checksum.
 func TestControlFileIsRead(t *testing.T) {
 	for _, tt := range []struct {
 		version, catalog uint32
 		crc              int
 	}{
-		{1300, 202007201, 288}, {1300, 202209061, 288}, {1300, 202307071, 292}, {1700, 202406281, 292}, {1800, 202506291, 292},
+		{1300, 202007201, 288}, {1300, 202209061, 288}, {1300, 202307071, 288}, {1700, 202406281, 288}, {1800, 202506291, 292},
 	} {
 		want := pg.Control{
 			System: 7_300_000_000_000_000_001, Version: int(tt.version), Catalog: int(tt.catalog), State: pg.InProduction,

@@ -25,6 +25,7 @@ type copied struct {
 	start   cluster.Started
 	stop    cluster.Stopped
 	notes   []string
+	inPlace bool // it has tablespaces in pg_tblspc itself
 }
 
 // takeCopy copies a running server. During is called between start and stop,
@@ -46,6 +47,13 @@ func takeCopy(t *testing.T, p *lab.Postgres, opt pgdata.Options) *copied {
 		t.Fatal(err)
 	}
 	defer d.Close()
+	spaces, err := d.Tablespaces()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, ts := range spaces {
+		k.inPlace = k.inPlace || ts.Path == ""
+	}
 	control, _, err := d.Control(ctx)
 	if err != nil {
 		t.Fatal(err)
@@ -78,7 +86,7 @@ func takeCopy(t *testing.T, p *lab.Postgres, opt pgdata.Options) *copied {
 	k.write(t, "data/global/pg_control", content)
 	k.write(t, "data/backup_label", []byte(k.stop.Label))
 	if k.stop.TablespaceMap != "" {
-		k.write(t, "data/tablespace_map", []byte(strings.ReplaceAll(k.stop.TablespaceMap, "/ts", "/ts-copy")))
+		k.write(t, "data/tablespace_map", []byte(k.stop.TablespaceMap))
 	}
 	return k
 }
@@ -143,23 +151,28 @@ func (k *copied) restore(t *testing.T, p *lab.Postgres, opt lab.PostgresOptions)
 			k.write(t, "data/pg_wal/"+e.Name(), b)
 		}
 	}
+	if k.stop.TablespaceMap != "" { // the server makes links from it
+		var b strings.Builder
+		for line := range strings.Lines(k.stop.TablespaceMap) {
+			oid, _, _ := strings.Cut(line, " ")
+			b.WriteString(oid + " " + filepath.Join(k.dir, "tablespaces", oid) + "\n")
+		}
+		k.write(t, "data/tablespace_map", []byte(b.String()))
+	}
 	if err := lab.Own(k.dir); err != nil {
 		t.Fatal(err)
 	}
 	opt.Dir, opt.BinDir = k.dir, p.BinDir
+	if k.inPlace { // else the server takes their directories for broken links
+		opt.Settings = map[string]string{"allow_in_place_tablespaces": "on"}
+	}
 	return lab.PostgresForTest(t, opt)
 }
 
 func TestCopyOfALiveClusterStarts(t *testing.T) {
 	ctx := t.Context()
 	p := lab.PostgresForTest(t, lab.PostgresOptions{})
-	exec := func(sql ...string) {
-		t.Helper()
-		if err := p.Exec(ctx, "postgres", sql...); err != nil {
-			t.Fatal(err)
-		}
-	}
-	exec("CREATE TABLE t AS SELECT generate_series(1, 10000) AS n", "CREATE UNLOGGED TABLE u AS SELECT 1 AS n")
+	exec(t, p, "CREATE TABLE t AS SELECT generate_series(1, 10000) AS n", "CREATE UNLOGGED TABLE u AS SELECT 1 AS n")
 	k := takeCopy(t, p, pgdata.Options{})
 	if len(k.damaged) > 0 || len(k.notes) > 0 {
 		t.Errorf("damaged: %v, notes: %q", k.damaged, k.notes)
