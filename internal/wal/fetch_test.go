@@ -1,0 +1,239 @@
+package wal_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/store"
+	"github.com/pgkeep/pgkeep/internal/wal"
+)
+
+// An archive is a repository with some files, and how often it was opened.
+type archive struct {
+	store.Store
+	opened int
+	fails  func(attempt int) error // instead of opening
+}
+
+func archived(t *testing.T, names ...string) *archive {
+	t.Helper()
+	a := &archive{Store: new(store.Mem)}
+	r := archiveIn(t, a.Store)
+	for _, name := range names {
+		if err := push(t, r, name, content(t, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return a
+}
+
+// fetcher is one for a data directory. It tries for a minute.
+func (a *archive) fetcher(t *testing.T, dir string) wal.Fetcher {
+	return wal.Fetcher{Cluster: "main", DataDir: dir, HoleGrace: 30 * time.Second, Place: "here",
+		Open: func(ctx context.Context) (*repo.Repo, error) {
+			a.opened++
+			if a.fails != nil {
+				if err := a.fails(a.opened); err != nil {
+					return nil, err
+				}
+			}
+			return repo.Open(ctx, a.Store, access(t))
+		}}
+}
+
+// fetch is what PostgreSQL does. It returns how long it took.
+func fetch(t *testing.T, f wal.Fetcher, name string) (time.Duration, error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	start := time.Now()
+	path := filepath.Join(f.DataDir, "pg_wal", "RECOVERYXLOG")
+	os.Remove(path)
+	err := f.Fetch(ctx, name, path)
+	got, rerr := os.ReadFile(path)
+	switch {
+	case err == nil && !bytes.Equal(got, content(t, name)):
+		t.Errorf("%s: wrong content delivered (%v)", name, rerr)
+	case err != nil && rerr == nil:
+		t.Errorf("%s: %v, and something was delivered", name, err)
+	}
+	return time.Since(start), err
+}
+
+func TestWhatMayPassIsTriedUntilTimeIsUp(t *testing.T) {
+	for _, k := range append(fail.Kinds(), "broken") {
+		synctest.Test(t, func(t *testing.T) {
+			a := archived(t, seg+"42")
+			a.fails = func(int) error { return fmt.Errorf("open: %w", k) }
+			if k == fail.Unknown {
+				a.fails = func(int) error { return errors.New("something") }
+			}
+			took, err := fetch(t, a.fetcher(t, serverDir(t)), seg+"42")
+			if k == fail.BadConfig {
+				if a.opened != 1 || took > 0 || !errors.Is(err, k) {
+					t.Errorf("%q: %v after %d attempts", k, err, a.opened)
+				}
+				return
+			}
+			if a.opened < 15 || a.opened > 40 || took < 50*time.Second || took > time.Minute || errors.Is(err, wal.ErrAbsent) || k != "" && !errors.Is(err, k) {
+				t.Errorf("%q: %v after %d attempts in %v", k, err, a.opened, took)
+			}
+		})
+	}
+}
+
+func TestWhatPassesIsForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := archived(t, seg+"42")
+		a.fails = func(attempt int) error {
+			return map[int]error{1: fail.StoreDown, 2: fail.StoreDenied, 3: fail.NoKey, 4: fail.Corrupt}[attempt]
+		}
+		if took, err := fetch(t, a.fetcher(t, serverDir(t)), seg+"42"); err != nil || took > 2*time.Second {
+			t.Errorf("after %v: %v", took, err)
+		}
+		a.opened = 0
+		if took, err := fetch(t, a.fetcher(t, serverDir(t)), seg+"43"); !errors.Is(err, wal.ErrAbsent) || took > 2*time.Second {
+			t.Errorf("after %v: %v, want absence", took, err)
+		}
+	})
+}
+
+func TestAbsenceIsNotTriedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := archived(t, seg+"42")
+		for _, name := range []string{seg + "43", "00000002.history"} {
+			a.opened = 0
+			if took, err := fetch(t, a.fetcher(t, serverDir(t)), name); !errors.Is(err, wal.ErrAbsent) || a.opened != 1 || took > 0 {
+				t.Errorf("%s: %v after %d attempts", name, err, a.opened)
+			}
+		}
+	})
+}
+
+// The deadline cuts the last attempt off: what came before tells more.
+func TestTheErrorIsTheTellingOne(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := archived(t, seg+"42")
+		f := a.fetcher(t, serverDir(t))
+		open := f.Open
+		a.fails = func(int) error { return fail.NoKey }
+		f.Open = func(ctx context.Context) (*repo.Repo, error) {
+			if a.opened < 3 {
+				return open(ctx)
+			}
+			<-ctx.Done()
+			return nil, fmt.Errorf("%w: %w", fail.StoreDown, ctx.Err())
+		}
+		if _, err := fetch(t, f, seg+"42"); !errors.Is(err, fail.NoKey) {
+			t.Error(err)
+		}
+	})
+}
+
+func TestAHoleIsWaitedFor(t *testing.T) {
+	for _, tt := range []struct {
+		filled, grace time.Duration // when it is filled; 0: never
+		least, most   time.Duration
+	}{
+		{0, 0, 0, 0},
+		{0, 30 * time.Second, 30 * time.Second, 35 * time.Second},
+		{0, time.Hour, 50 * time.Second, time.Minute},
+		{12 * time.Second, 30 * time.Second, 12 * time.Second, 17 * time.Second},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			a := archived(t, seg+"41", seg+"43", seg+"44", seg+"45")
+			f := a.fetcher(t, serverDir(t))
+			f.HoleGrace = tt.grace
+			start := time.Now()
+			if tt.filled > 0 {
+				filled := false
+				a.fails = func(int) error {
+					if time.Since(start) > tt.filled && !filled {
+						filled = true
+						return push(t, archiveIn(t, a.Store), seg+"42", content(t, seg+"42"))
+					}
+					return nil
+				}
+			}
+			took, err := fetch(t, f, seg+"42")
+			if took < tt.least || took > tt.most {
+				t.Errorf("%+v: took %v", tt, took)
+			}
+			if tt.filled > 0 {
+				if err != nil {
+					t.Errorf("%+v: %v", tt, err)
+				}
+				return
+			}
+			if !errors.Is(err, fail.Corrupt) || errors.Is(err, wal.ErrAbsent) {
+				t.Errorf("%+v: %v", tt, err)
+			}
+			for _, name := range []string{seg + "42", seg + "43", seg + "45"} { // missing, next, newest
+				if !strings.Contains(err.Error(), name) {
+					t.Errorf("%v: does not name %s", err, name)
+				}
+			}
+		})
+	}
+}
+
+// A standby asks again and opens for nobody. Only of the store's silence may it
+// hear "not there": whatever somebody must see to stops it.
+func TestAStandbyIsToldToAskAgainOnlyWhenTheStoreIsSilent(t *testing.T) {
+	for _, signal := range []string{"standby.signal", "recovery.signal"} {
+		for _, k := range append(fail.Kinds(), "silence") {
+			synctest.Test(t, func(t *testing.T) {
+				dir := serverDir(t)
+				if err := os.WriteFile(filepath.Join(dir, signal), nil, 0o600); err != nil {
+					t.Fatal(err)
+				}
+				a := archived(t, seg+"42")
+				f := a.fetcher(t, dir)
+				a.fails = func(int) error { return k }
+				if k == "silence" {
+					f.Open = func(ctx context.Context) (*repo.Repo, error) { <-ctx.Done(); return nil, ctx.Err() }
+				}
+				_, err := fetch(t, f, seg+"42")
+				want := signal == "standby.signal" && slices.Contains([]fail.Kind{fail.StoreDown, "silence"}, k)
+				if got := errors.Is(err, wal.ErrLater); got != want || err == nil || errors.Is(err, wal.ErrAbsent) {
+					t.Errorf("%s, %q: %v", signal, k, err)
+				}
+			})
+		}
+	}
+}
+
+func TestWhatACrashLeftInPgWalIsRemoved(t *testing.T) {
+	dir := serverDir(t)
+	stale, fresh, other := filepath.Join(dir, "pg_wal", ".pgkeep-tmp-A"), filepath.Join(dir, "pg_wal", ".pgkeep-tmp-B"), filepath.Join(dir, "pg_wal", "xlogtemp.1")
+	for _, name := range []string{stale, fresh, other} {
+		if err := os.WriteFile(name, []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	long := time.Now().Add(-time.Hour)
+	for _, name := range []string{stale, other} {
+		if err := os.Chtimes(name, long, long); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := fetch(t, archived(t, seg+"42").fetcher(t, dir), seg+"42"); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]bool{stale: false, fresh: true, other: true} {
+		if _, err := os.Stat(name); (err == nil) != want {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
