@@ -148,7 +148,7 @@ func (w *Archiver) pack(ctx context.Context, p *parcel, f WALFile) (walHeader, e
 		if w.err != nil {
 			return nil, w.err
 		}
-		to, err := w.r.data()
+		to, err := w.r.walReaders(f.Name)
 		if err != nil {
 			return nil, err
 		}

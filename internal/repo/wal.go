@@ -109,7 +109,7 @@ func (r *Repo) CopyWAL(ctx context.Context, a Archive, n pg.WALName, w io.Writer
 func (r *Repo) copyWAL(o *walObject, w io.Writer) (err error) {
 	var body io.Reader = o
 	if o.header.Epoch > 0 {
-		if body, err = seal.DecryptFrom(o, r.opened()...); err != nil {
+		if body, err = seal.DecryptFrom(o, r.metadataIdentities()...); err != nil {
 			return cmp.Or(o.finish(), o.why(err)) // damage can look like a missing key
 		}
 	}
