@@ -24,6 +24,7 @@ const (
 	WALConflict Kind = "wal-conflict" // another file of that name is archived
 	// TimelineTaken: another copy of the data directory archives it.
 	TimelineTaken Kind = "timeline-taken"
+	WALHole       Kind = "wal-hole" // the archive lacks segments that something shows were written
 	NoBackup      Kind = "no-backup"
 	Corrupt       Kind = "corrupt"
 	Untrusted     Kind = "untrusted"   // not signed, or by a key that is not pinned
@@ -47,6 +48,8 @@ const (
 	SpoolLost  Kind = "spool-lost" // the dump that was to be sent is not there
 	Promoted   Kind = "promoted"   // a standby stopped being one
 	FilesLost  Kind = "files-lost" // a directory that holds a part of the cluster is gone
+
+	NotArchiving Kind = "not-archiving" // segments wait, and nothing takes them
 
 	RestoreFailed Kind = "restore-failed" // what it restored into holds a part
 
@@ -75,9 +78,11 @@ var kinds = map[Kind]row{
 	StoreDown:      {exit: 20, retry: true, means: "the object store does not answer, or says that it is overloaded", hint: "pgkeep keeps trying; check the endpoint, its name in DNS and its certificate"},
 	StoreDenied:    {exit: 21, means: "the object store refuses the credentials or the request", hint: "check the access key and what its policy allows on this bucket and prefix"},
 	StoreUnfit:     {exit: 22, means: "the object store lacks what objects that are never replaced need", hint: "pgkeep needs a store with conditional writes (If-None-Match) and strong reads after writes"},
+	WALHole:        {exit: 23, means: "segments are missing in the archive, in the middle or before a promotion", hint: "pgkeep wal audit --fill on the new primary puts back what it still has; else take a new base backup now"},
 	PGDown:         {exit: 30, retry: true, means: "PostgreSQL does not answer, or went away in the middle", hint: "is PostgreSQL running, and is the conninfo of the cluster right?"},
 	PGDenied:       {exit: 31, means: "PostgreSQL refuses the login, or a right is missing", hint: "check pg_hba.conf, the password file and the rights of the backup role"},
 	PGVersion:      {exit: 32, means: "the client programs are missing, or older than the server", hint: "install the client programs of the server's major version, or name their directory as bin_dir"},
+	NotArchiving:   {exit: 33, means: "PostgreSQL has segments to archive, and they wait for too long", hint: "the server's log says what archive_command ran into; until it works, pg_wal grows"},
 	NoSpace:        {exit: 34, means: "the disk is full, or too small for what is to come", hint: "free space, or put spool on a larger file system"},
 	ClockSkew:      {exit: 35, means: "the clocks of this host and of the object store are too far apart", hint: "set the clock of this host, with chrony or systemd-timesyncd"},
 	Stalled:        {exit: 36, retry: true, means: "a child process made no progress for too long and was ended", hint: "look for lock waits in pg_stat_activity, and at the load of the server"},

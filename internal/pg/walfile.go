@@ -98,8 +98,8 @@ func HistoryName(t Timeline) WALName {
 
 // A Fork says where a timeline was left for another one.
 type Fork struct {
-	Timeline Timeline // the one that was left
-	At       LSN      // its last position that the other one shares
+	Timeline Timeline `json:"timeline"` // the one that was left
+	At       LSN      `json:"at"`       // the first position that the other one does not share
 }
 
 // ParseHistory reads the history file of timeline t, oldest fork first. It

@@ -1,0 +1,108 @@
+package audit
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/repo"
+)
+
+// A Report is what an audit found in one archive. As JSON it stands in workflow
+// histories, without what an audit finds anew.
+type Report struct {
+	Ledger
+	Holes   []Hole   `json:"holes"`
+	Odd     []Odd    `json:"odd,omitempty"`
+	Windows []Window `json:"-"`
+	Stuck   []Base   `json:"stuck,omitempty"` // bases that lead nowhere
+}
+
+// Take audits the archives of a cluster: one for each system and major version
+// it has been. known is what an earlier audit found, see Survey; none means
+// to list everything. A hole younger than Grace is not reported yet. now is the
+// time at which the audit begins.
+func Take(ctx context.Context, r *repo.Repo, cluster string, known []Report, now time.Time) ([]Report, error) {
+	archives, err := r.Archives(ctx, cluster)
+	if err != nil {
+		return nil, err
+	}
+	backups, err := r.Backups(ctx, cluster)
+	if err != nil {
+		return nil, err
+	}
+	var all []Report
+	for _, a := range archives {
+		var before Ledger
+		for _, rep := range known {
+			if rep.Archive == a {
+				before = rep.Ledger
+			}
+		}
+		rep := Report{}
+		if rep.Ledger, rep.Odd, err = Survey(ctx, r, a, before); err != nil {
+			return nil, err
+		}
+		bases, whole := basesOf(a, backups)
+		rep.Windows, rep.Stuck = rep.Ledger.Windows(bases)
+		if !whole { // what cannot be read may need any segment
+			bases = nil
+		}
+		for _, h := range rep.Ledger.Holes(bases) {
+			if now.Sub(h.Since) > Grace {
+				rep.Holes = append(rep.Holes, h)
+			}
+		}
+		all = append(all, rep)
+	}
+	return all, nil
+}
+
+// basesOf are the physical backups of an archive's system; whole is false if
+// there may be others.
+func basesOf(a repo.Archive, backups []repo.Listed) (bases []Base, whole bool) {
+	whole = true
+	for _, b := range backups {
+		switch {
+		case b.Err != nil:
+			whole = false
+		case !b.Unfinished && b.Kind == repo.Physical && b.System == a.System && b.Version.Major() == a.Major:
+			bases = append(bases, Base{string(b.ID), b.LSN.Timeline, b.LSN.Before, b.LSN.After, b.FinishedAt})
+		}
+	}
+	return bases, whole
+}
+
+// Err is a fail.WALHole that names what is missing in any of the archives of a
+// cluster, or nil.
+func Err(cluster string, all []Report) error {
+	var holes []string
+	count := 0
+	var bad Report
+	for _, rep := range all {
+		for _, h := range rep.Holes {
+			bad = rep
+			count += h.Count
+			holes = append(holes, h.String())
+		}
+	}
+	if len(holes) == 0 {
+		return nil
+	}
+	if n := len(holes); n > 3 {
+		holes = append(holes[:3], fmt.Sprintf("and in %d more places", n-3))
+	}
+	verb := "files are"
+	if count == 1 {
+		verb = "file is"
+	}
+	hint := "whoever still has them in pg_wal can bring them back: on the new primary, pgkeep wal audit --fill; on the old one, start its archiver. If nobody has, take a new base backup now"
+	if len(bad.Windows) == 0 {
+		hint += "; pgkeep wal list shows what is there"
+	} else {
+		hint += "; pgkeep windows shows what can be reached still"
+	}
+	return fail.Hint(fmt.Errorf("cluster %s: %d archived %s missing: %s: %w", cluster, count, verb, strings.Join(holes, ", "), fail.WALHole), hint)
+}

@@ -1,0 +1,38 @@
+package audit
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/pgkeep/pgkeep/internal/cluster"
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/wal"
+)
+
+// Fill puts segments that are missing in the archive of a cluster into it, as
+// far as the data directory of the server on this host has them: see wal.Fill.
+func Fill(ctx context.Context, r *repo.Repo, name string, at cluster.Cluster, found []Report) (wal.Filled, error) {
+	f, err := at.Facts(ctx)
+	if err != nil {
+		return wal.Filled{}, err
+	}
+	if f.DataDirectory == "" {
+		return wal.Filled{}, fail.Hint(fmt.Errorf("where the data directory is, PostgreSQL does not say: %w", fail.PGDenied),
+			"grant the role pg_read_all_settings")
+	}
+	return wal.Fill(ctx, r, name, f.DataDirectory, func(n pg.WALName) bool {
+		start, err := n.Start(f.SegmentSize)
+		for _, rep := range found {
+			if err != nil || rep.System != f.System || rep.Major != f.Version.Major() {
+				continue
+			}
+			if slices.ContainsFunc(rep.Holes, func(h Hole) bool { return h.Timeline == n.Timeline && h.From <= start && start < h.To }) {
+				return true
+			}
+		}
+		return false
+	})
+}

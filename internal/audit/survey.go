@@ -1,0 +1,120 @@
+package audit
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/repo"
+)
+
+// An Odd object stands in an archive and can be no file of it. It counts as
+// missing.
+type Odd struct {
+	Key string `json:"key"`
+	Why string `json:"why"`
+}
+
+// leap is how many segments that are known already are worth another request:
+// a request lists a thousand objects anyway.
+const leap = 1000
+
+// Survey lists an archive. Long ranges of known, the ledger of an earlier
+// survey, are taken as they were: to list an archive of years costs little, and
+// a segment that was lost in the middle of such a range is not noticed. The
+// zero ledger lists everything. It reads the histories that are not known.
+func Survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (Ledger, []Odd, error) {
+	l := Ledger{Archive: a, SegmentSize: known.SegmentSize}
+	var odd []Odd
+	var after pg.WALName
+	for again := true; again; {
+		again = false
+		for o, err := range r.WALObjects(ctx, a, after) {
+			if err != nil {
+				return l, odd, err
+			}
+			if over, to, ok := known.over(o.Name); ok {
+				t := l.timeline(o.Name.Timeline)
+				t.add(over)
+				after, again = to, true
+				break
+			}
+			why, err := l.enter(ctx, r, o, known)
+			if err != nil {
+				return l, odd, err
+			}
+			if why != "" {
+				odd = append(odd, Odd{o.Key, why})
+			}
+		}
+	}
+	return l, odd, nil
+}
+
+// over finds the range of l in which a segment stands with many behind it, and
+// the last of these.
+func (l Ledger) over(n pg.WALName) (over Range, last pg.WALName, ok bool) {
+	if n.Kind != pg.Segment || l.SegmentSize == 0 {
+		return Range{}, pg.WALName{}, false
+	}
+	start, err := n.Start(l.SegmentSize)
+	if err != nil {
+		return Range{}, pg.WALName{}, false
+	}
+	for _, r := range l.of(n.Timeline).Ranges {
+		if r.From <= start && start < r.To && (Range{From: start, To: r.To}).Segments(l.SegmentSize) > leap {
+			name, _ := pg.SegmentName(n.Timeline, r.To-1, l.SegmentSize) // the size is valid
+			last, err := pg.ParseWALName(name)
+			r.From = start
+			return r, last, err == nil
+		}
+	}
+	return Range{}, pg.WALName{}, false
+}
+
+// enter adds an object to l, or says why it can be no file of the archive.
+func (l *Ledger) enter(ctx context.Context, r *repo.Repo, o repo.WALObject, known Ledger) (why string, err error) {
+	switch {
+	case o.Name == (pg.WALName{}):
+		return "PostgreSQL names no file so", nil
+	case o.Stored == 0:
+		return "nothing is in it", nil
+	case o.Name.Kind == pg.History:
+		forks := known.of(o.Name.Timeline).Forks
+		if len(forks) == 0 {
+			if forks, err = readHistory(ctx, r, l.Archive, o.Name); err != nil {
+				return "", err
+			}
+		}
+		l.AddHistory(o.Name.Timeline, forks, o.Modified)
+		return "", nil
+	case l.SegmentSize == 0 && o.Name.Kind == pg.BackupHistory:
+		return "", nil // it comes before the first segment
+	case l.SegmentSize == 0:
+		size, err := r.WALSize(ctx, l.Archive, o.Name)
+		if err != nil {
+			return "", err
+		}
+		if l.SegmentSize = pg.SegmentSize(size); !l.SegmentSize.Valid() {
+			return "", fmt.Errorf("%v: %d bytes, and no segment has so many: %w", o.Name, size, fail.Corrupt)
+		}
+	}
+	if err := l.Add(o.Name, o.Modified); err != nil {
+		return err.Error(), nil
+	}
+	return "", nil
+}
+
+func readHistory(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName) ([]pg.Fork, error) {
+	var text bytes.Buffer
+	if err := r.ReadWAL(ctx, a, n, &text); err != nil {
+		return nil, err
+	}
+	forks, err := pg.ParseHistory(n.Timeline, text.String())
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", err, fail.Corrupt)
+	}
+	return forks, nil
+}

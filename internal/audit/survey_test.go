@@ -1,0 +1,206 @@
+package audit_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"iter"
+	"math/rand/v2"
+	"strings"
+	"testing"
+	"time"
+
+	"filippo.io/age"
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/pgkeep/pgkeep/internal/audit"
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/seal"
+	"github.com/pgkeep/pgkeep/internal/store"
+)
+
+// An archive is that of one cluster in memory, on a host that opens no data.
+type archive struct {
+	t  *testing.T
+	st *counted
+	r  *repo.Repo
+	a  repo.Archive
+}
+
+// A counted store counts the objects that its lists have shown.
+type counted struct {
+	store.Store
+	listed int
+}
+
+func (c *counted) List(ctx context.Context, prefix, after string) iter.Seq2[store.Object, error] {
+	return func(yield func(store.Object, error) bool) {
+		for o, err := range c.Store.List(ctx, prefix, after) {
+			c.listed++
+			if !yield(o, err) {
+				return
+			}
+		}
+	}
+}
+
+func newArchive(t *testing.T) *archive {
+	t.Helper()
+	signer, err := seal.NewSigner()
+	if err != nil {
+		t.Fatal(err)
+	}
+	operator, _ := age.GenerateX25519Identity()
+	access := repo.Access{Encrypted: true, Signer: signer, Version: "test"}
+	access.Metadata, _ = age.GenerateX25519Identity()
+	b := &archive{t: t, st: &counted{Store: new(store.Mem)}, a: repo.Archive{Cluster: "main", System: 7_300_000_000_000_000_001, Major: 15}}
+	if b.r, _, err = repo.Init(t.Context(), b.st, access, []string{operator.Recipient().String()}, epoch); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// put archives a file as it should be, of segments of 1 MiB.
+func (b *archive) put(name string, content []byte) {
+	b.t.Helper()
+	n, err := pg.ParseWALName(name)
+	if err == nil {
+		_, err = b.r.Archiver(b.a, "").Put(b.t.Context(), repo.WALFile{Name: n, Size: int64(len(content)), Content: bytes.NewReader(content)})
+	}
+	if err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// fake puts something under the key of a file: a list shows no difference.
+func (b *archive) fake(names ...string) {
+	b.t.Helper()
+	for _, name := range names {
+		err := b.st.Put(b.t.Context(), b.key(name), strings.NewReader("x"), store.PutOptions{IfAbsent: true})
+		if err != nil && !errors.Is(err, store.ErrExist) {
+			b.t.Fatal(err)
+		}
+	}
+}
+
+func (b *archive) key(name string) string {
+	return "clusters/main/wal/7300000000000000001-15/" + name[:8] + "/" + name + ".zst"
+}
+
+func (b *archive) survey(known audit.Ledger) (audit.Ledger, []audit.Odd) {
+	b.t.Helper()
+	l, odd, err := audit.Survey(b.t.Context(), b.r, b.a, known)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return l, odd
+}
+
+// What a survey that knows an earlier one finds is what one finds that lists
+// everything.
+func TestSurveyOfWhatIsNew(t *testing.T) {
+	b := newArchive(t)
+	for n := range 8 {
+		b.put(spot{1, n}.name().String(), make([]byte, segment))
+	}
+	b.put("00000002.history", []byte("1\t0/4A0B0C0\tno recovery target specified\n"))
+	rnd := rand.New(rand.NewPCG(1, 0))
+	var known audit.Ledger
+	for round := range 8 {
+		for range 700 { // in long ranges with holes, which later rounds may fill
+			tl, n := rnd.IntN(3)+1, rnd.IntN(3000)
+			if n >= 8 && n%1500 != round+8 {
+				b.fake(spot{pg.Timeline(tl), n}.name().String())
+			}
+		}
+		if known.SegmentSize > 0 { // the oldest are deleted
+			if err := b.st.Delete(t.Context(), b.key(spot{1, round - 1}.name().String())); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for n := range 1400 {
+			b.fake(spot{1, round*1400 + n + round}.name().String())
+		}
+		b.st.listed = 0
+		all, _ := b.survey(audit.Ledger{})
+		whole := b.st.listed
+		b.st.listed = 0
+		some, _ := b.survey(known)
+		if round > 0 && b.st.listed > whole/2+2000 {
+			t.Errorf("round %d: %d objects were listed, where %d are all", round, b.st.listed, whole)
+		}
+		for _, l := range []audit.Ledger{all, some} { // the first of a range may be one that is deleted
+			for _, tl := range l.Timelines {
+				for i := range tl.Ranges {
+					tl.Ranges[i].First = tl.Ranges[i].Last
+				}
+			}
+		}
+		if d := cmp.Diff(all, some); d != "" {
+			t.Fatalf("round %d (-all +new):\n%s", round, d)
+		}
+		text, err := json.Marshal(all) // as Temporal hands it from one run to the next
+		if err != nil {
+			t.Fatal(err)
+		}
+		known = audit.Ledger{}
+		if err := json.Unmarshal(text, &known); err != nil {
+			t.Fatal(err)
+		}
+		if d := cmp.Diff(all, known); d != "" {
+			t.Fatalf("through JSON:\n%s", d)
+		}
+	}
+}
+
+func TestOddObjectsAreTold(t *testing.T) {
+	b := newArchive(t)
+	b.put("000000010000000000000001", make([]byte, segment))
+	for key, content := range map[string]string{
+		b.key("000000010000000000000002"):                                                "",
+		b.key("000000010000000000000003") + ".bak":                                       "x",
+		b.key("00000001FFFFFFFF00000FFF"):                                                "x",
+		b.key("000000010000000000001000"):                                                "x",
+		"clusters/main/wal/7300000000000000001-15/00000002/000000010000000000000004.zst": "x",
+	} {
+		if err := b.st.Put(t.Context(), key, strings.NewReader(content), store.PutOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l, odd := b.survey(audit.Ledger{})
+	if len(odd) != 5 || len(l.Timelines) != 1 || len(l.Timelines[0].Ranges) != 1 || l.Timelines[0].Ranges[0].To != 0x200000 {
+		t.Errorf("%+v, odd: %+v", l, odd)
+	}
+}
+
+func TestTake(t *testing.T) {
+	b := newArchive(t)
+	ctx := context.Background()
+	if all, err := audit.Take(ctx, b.r, "main", nil, time.Now()); err != nil || len(all) != 0 || audit.Err("main", all) != nil {
+		t.Errorf("of nothing: %+v, %v", all, err)
+	}
+	b.put("000000010000000000000001", make([]byte, segment))
+	b.a.Major = 16 // upgraded
+	b.put("000000010000000000000007", make([]byte, segment))
+	b.a.Major = 15
+	b.fake("000000010000000000000003", "000000010000000000000003.00000028.backup", "000000010000000000000004.partial")
+	for _, tt := range []struct {
+		after time.Duration
+		holes int
+	}{{0, 0}, {audit.Grace - time.Second, 0}, {audit.Grace + 10*time.Second, 1}} {
+		all, err := audit.Take(ctx, b.r, "main", nil, time.Now().Add(tt.after))
+		if err != nil || len(all) != 2 || len(all[0].Holes) != tt.holes || len(all[1].Holes) != 0 {
+			t.Errorf("%v later: %+v, %v", tt.after, all, err)
+		}
+		err = audit.Err("main", all)
+		if errors.Is(err, fail.WALHole) != (tt.holes > 0) {
+			t.Errorf("%v later: %v", tt.after, err)
+		}
+		if err != nil && err.Error() != "cluster main: 1 archived file is missing: 000000010000000000000002: wal-hole" {
+			t.Errorf("it says %q", err)
+		}
+	}
+}
