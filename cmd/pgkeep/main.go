@@ -88,6 +88,8 @@ func newApp(in io.Reader, out, errw io.Writer) *cli.App {
 			showCommand(e),
 			verifyCommand(e),
 			restoreCommand(e),
+			walCommand(e),
+			windowsCommand(e),
 			deleteCommand(e),
 			psCommand(e),
 			cancelCommand(e),
