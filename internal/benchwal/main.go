@@ -206,8 +206,12 @@ func (b *bench) push(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	cipher, err := b.PgBackRest(ctx, "push-pgbackrest-aes", pgdata, compare.Options{Encrypted: true})
+	if err != nil {
+		return err
+	}
 	arms := []*arm{{title: "pgkeep-wal push, `encryption: none`", Archiver: plain}, {title: "pgkeep-wal push, age", Archiver: sealed},
-		{title: "pgbackrest archive-push", Archiver: other}}
+		{title: "pgbackrest archive-push", Archiver: other}, {title: "pgbackrest archive-push, aes-256-cbc", Archiver: cipher}}
 	for i, s := range segments {
 		for j := range arms {
 			a := arms[(i+j)%len(arms)]
@@ -216,7 +220,7 @@ func (b *bench) push(ctx context.Context) error {
 			}
 		}
 	}
-	print(fmt.Sprintf("One segment at a time, %d of them", b.pairs), "ms for a segment", 1000, arms, arms[2])
+	print(fmt.Sprintf("One segment at a time, %d of them", b.pairs), "ms for a segment", 1000, arms, arms[2], arms[3])
 	r := arms[0].median() / arms[2].median()
 	b.want(r <= 0.6, "pushing takes %.2f of pgBackRest's time; at most 0.60", r)
 	b.want(max(arms[0].memory, arms[1].memory) <= 80<<20, "pushing takes %d MB", max(arms[0].memory, arms[1].memory)>>20)
@@ -279,7 +283,7 @@ func (b *bench) drain(ctx context.Context) error {
 			if err := a.empty(ctx, b.Site, pgdata, segments); err != nil {
 				return err
 			}
-			if err := os.RemoveAll(a.Objects); err != nil {
+			if err := os.RemoveAll(a.Root); err != nil {
 				return err
 			}
 		}

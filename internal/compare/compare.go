@@ -6,6 +6,7 @@ package compare
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -139,7 +140,8 @@ type Options struct {
 	// Endpoint and CAFile stand for those of the site's server, if a program is
 	// to go another way. The host in it is "localhost".
 	Endpoint, CAFile string
-	// Encrypted is for pgkeep: content is encrypted with age.
+	// Encrypted says that what is stored is encrypted: with age, or by pgBackRest
+	// with AES-256-CBC.
 	Encrypted bool
 	// Timeout is how long a call may take, for pgBackRest how long it waits for
 	// an answer. 0: a minute, which is the default of both.
@@ -154,8 +156,8 @@ type Archiver struct {
 	Archive string // archive_command
 	Restore string // restore_command
 
-	// Objects is the directory where the server keeps what it has archived.
-	Objects string
+	// Root is where the server keeps what it has archived.
+	Root string
 	// Line runs another command of the program: "pgbackrest --config …".
 	Line string
 }
@@ -220,7 +222,7 @@ func (s *Site) PgKeep(ctx context.Context, name string, opt Options) (Archiver, 
 		options += " --timeout " + opt.Timeout.String()
 	}
 	return Archiver{Name: "pgkeep", Archive: s.program + " push" + options + " %p", Restore: s.program + " fetch" + options + " %f %p",
-		Objects: filepath.Join(s.S3.Data, name, "clusters/main/wal"), Line: s.program}, nil
+		Root: filepath.Join(s.S3.Data, name, "clusters/main/wal"), Line: s.program}, nil
 }
 
 func initialize(ctx context.Context, file string, recipients []string) error {
@@ -270,6 +272,9 @@ func (s *Site) PgBackRest(ctx context.Context, name, pgdata string, opt Options)
 	if opt.Timeout > 0 {
 		settings = append(settings, fmt.Sprintf("io-timeout=%.0f", opt.Timeout.Seconds()))
 	}
+	if opt.Encrypted {
+		settings = append(settings, "repo1-cipher-type=aes-256-cbc", "repo1-cipher-pass="+rand.Text())
+	}
 	settings = append(append(settings, opt.Settings...), "[main]", "pg1-path="+pgdata, "pg1-socket-path="+filepath.Join(filepath.Dir(pgdata), "run"))
 	file, err := s.Write(filepath.Join(name, "pgbackrest.conf"), strings.Join(settings, "\n")+"\n")
 	if err != nil {
@@ -283,7 +288,7 @@ func (s *Site) PgBackRest(ctx context.Context, name, pgdata string, opt Options)
 		return fail(err)
 	}
 	return Archiver{Name: "pgBackRest", Archive: line + " archive-push %p", Restore: line + " archive-get %f %p",
-		Objects: filepath.Join(s.S3.Data, name, "archive/main"), Line: line}, nil
+		Root: filepath.Join(s.S3.Data, name, "archive/main"), Line: line}, nil
 }
 
 func (s *Site) authority(opt Options) (string, error) {
@@ -291,22 +296,16 @@ func (s *Site) authority(opt Options) (string, error) {
 	return string(b), err
 }
 
-// Object is the file in which the server keeps an archived file.
-func (a Archiver) Object(name string) (string, error) {
-	var found []string
-	err := filepath.WalkDir(a.Objects, func(path string, d os.DirEntry, err error) error {
-		if err == nil && !d.IsDir() && strings.HasPrefix(d.Name(), name) && !strings.Contains(d.Name(), ".backup") && !strings.Contains(d.Name(), ".partial") {
-			found = append(found, path)
+// Objects are the files in which the server keeps an archived segment: one, if
+// all is well.
+func (a Archiver) Objects(segment string) (paths []string, err error) {
+	err = filepath.WalkDir(a.Root, func(path string, d os.DirEntry, err error) error {
+		if err == nil && !d.IsDir() && strings.HasPrefix(d.Name(), segment) && !strings.Contains(d.Name(), ".backup") && !strings.Contains(d.Name(), ".partial") {
+			paths = append(paths, path)
 		}
 		return err
 	})
-	if err == nil && len(found) != 1 {
-		err = fmt.Errorf("%d objects of %s in the archive of %s", len(found), name, a.Name)
-	}
-	if err != nil {
-		return "", err
-	}
-	return found[0], nil
+	return paths, err
 }
 
 // Versions prints what is compared.
