@@ -34,7 +34,7 @@ func TestFiveHundredSegments(t *testing.T) {
 			t.Fatalf("pgbench: %v\n%s", err, out)
 		}
 	}
-	pgbench("-i", "-q", "-s", "2")
+	pgbench("-i", "-q", "-s", "5")
 	base := filepath.Join(w.dir, "base")
 	if out, err := w.pg.Command(ctx, "pg_basebackup", "-d", w.pg.Conninfo(), "-D", base, "-X", "none", "-c", "fast", "--no-sync").CombinedOutput(); err != nil {
 		t.Fatalf("pg_basebackup: %v\n%s", err, out)
@@ -45,7 +45,7 @@ func TestFiveHundredSegments(t *testing.T) {
 		t.Fatal(err)
 	}
 	for w.query(w.pg, "SELECT (pg_current_wal_lsn() - '"+from.String()+"' > "+"500 * 1048576)::text") != "true" {
-		pgbench("-c", "4", "-j", "2", "-t", "500")
+		pgbench("-c", "4", "-j", "2", "-t", "1000")
 		if err := w.pg.Exec(ctx, "postgres", "CHECKPOINT"); err != nil { // whole pages are written again
 			t.Fatal(err)
 		}

@@ -236,8 +236,8 @@ type arm struct {
 }
 
 func (a *arm) median() float64 {
-	sorted := slices.Sorted(slices.Values(a.seconds))
-	return sorted[len(sorted)/2]
+	sorted, n := slices.Sorted(slices.Values(a.seconds)), len(a.seconds)
+	return (sorted[(n-1)/2] + sorted[n/2]) / 2
 }
 
 // once archives a segment as PostgreSQL does.
