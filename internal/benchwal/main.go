@@ -232,11 +232,14 @@ type arm struct {
 	compare.Archiver
 	title   string
 	seconds []float64
-	memory  int64 // most at any time, bytes
+	cpu     []float64 // seconds of processors, of what can be counted
+	memory  int64     // most at any time, bytes
 }
 
-func (a *arm) median() float64 {
-	sorted, n := slices.Sorted(slices.Values(a.seconds)), len(a.seconds)
+func (a *arm) median() float64 { return median(a.seconds) }
+
+func median(values []float64) float64 {
+	sorted, n := slices.Sorted(slices.Values(values)), len(values)
 	return (sorted[(n-1)/2] + sorted[n/2]) / 2
 }
 
@@ -251,6 +254,7 @@ func (a *arm) once(ctx context.Context, site *compare.Site, pgdata, segment stri
 	}
 	if counts {
 		a.seconds = append(a.seconds, time.Since(began).Seconds())
+		a.cpu = append(a.cpu, (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()).Seconds())
 	}
 	a.memory = max(a.memory, cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss<<10)
 	return nil
@@ -437,17 +441,20 @@ func (a *arm) recover(ctx context.Context, b *bench, last string) error {
 
 // print writes a table, with ratios of medians to those of some arms.
 func print(title, unit string, scale float64, arms []*arm, to ...*arm) {
-	fmt.Printf("\n%s:\n\n| | %s, median | least | most | peak MB |", title, unit)
+	fmt.Printf("\n%s:\n\n| | %s, median | least | most | CPU | peak MB |", title, unit)
 	for _, t := range to {
 		fmt.Printf(" time, %s = 1 |", t.title)
 	}
-	fmt.Printf("\n| --- |%s\n", strings.Repeat(" ---: |", 4+len(to)))
+	fmt.Printf("\n| --- |%s\n", strings.Repeat(" ---: |", 5+len(to)))
 	for _, a := range arms {
-		memory := "-"
+		memory, cpu := "-", "-"
 		if a.memory > 0 {
 			memory = strconv.FormatInt(a.memory>>20, 10)
 		}
-		fmt.Printf("| %s | %.4g | %.4g | %.4g | %s |", a.title, scale*a.median(), scale*slices.Min(a.seconds), scale*slices.Max(a.seconds), memory)
+		if len(a.cpu) > 0 {
+			cpu = fmt.Sprintf("%.4g", scale*median(a.cpu))
+		}
+		fmt.Printf("| %s | %.4g | %.4g | %.4g | %s | %s |", a.title, scale*a.median(), scale*slices.Min(a.seconds), scale*slices.Max(a.seconds), cpu, memory)
 		for _, t := range to {
 			fmt.Printf(" %.2f |", a.median()/t.median())
 		}
