@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"regexp"
 	"slices"
 	"strings"
@@ -93,8 +94,10 @@ type Content struct {
 // PhysicalFacts is what a physical backup is besides its files: where in the
 // write-ahead log it begins and ends, and how the cluster is built.
 type PhysicalFacts struct {
-	Start          pg.LSN         `json:"start"` // what recovery begins from, at least: from pg_backup_start
-	Stop           pg.LSN         `json:"stop"`  // consistent from here on: from pg_backup_stop
+	System         pg.SystemID    `json:"system_id"`
+	Version        pg.Version     `json:"pg_version"` // server_version_num
+	Start          pg.LSN         `json:"start"`      // what recovery begins from, at least: from pg_backup_start
+	Stop           pg.LSN         `json:"stop"`       // consistent from here on: from pg_backup_stop
 	Timeline       pg.Timeline    `json:"timeline"`
 	StopTimeline   pg.Timeline    `json:"stop_timeline"`
 	StartedAt      time.Time      `json:"started_at"` // by the server's clock, UTC
@@ -113,11 +116,39 @@ type PhysicalFacts struct {
 	InRecovery     bool           `json:"in_recovery,omitempty"` // taken from a standby
 }
 
+// Segments are the names of the segments that recovery to Stop needs.
+func (f PhysicalFacts) Segments() ([]pg.WALName, error) {
+	n, err := pg.ParseWALName(f.FirstWAL)
+	if err != nil {
+		return nil, err
+	}
+	names := []pg.WALName{n}
+	for n.String() < f.LastWAL {
+		if n, err = n.Next(f.SegmentSize); err != nil {
+			return nil, err
+		}
+		names = append(names, n)
+	}
+	if n.String() != f.LastWAL {
+		return nil, fmt.Errorf("from segment %s one does not come to %s: %w", f.FirstWAL, f.LastWAL, fail.Corrupt)
+	}
+	return names, nil
+}
+
+// Sample chooses the packs that this backup wrote, and of those of others one in
+// so many, at random but always the same.
+func (b Ref) Sample(of uint32) func(Pack) bool {
+	return func(p Pack) bool {
+		return strings.HasPrefix(p.Key, b.packs()) || crc32.ChecksumIEEE([]byte(string(b.ID)+p.Key))%of == 0
+	}
+}
+
 // draft is the commit point of an upload: a retry finds it and has nothing to do.
 type draft struct {
 	Header
 	Ref
 	Content
+	Details json.RawMessage `json:"details,omitempty"` // for the manifest
 }
 
 // A Manifest describes one backup. The backup exists from the moment its
@@ -234,11 +265,14 @@ func (r *Repo) WriteIntent(ctx context.Context, in Intent, now func() time.Time)
 // write. Publishing the same backup again is success and returns the manifest
 // that is there.
 func (r *Repo) Publish(ctx context.Context, m Manifest) (Manifest, error) {
-	content, err := r.Draft(ctx, m.Ref)
+	d, err := r.draft(ctx, m.Ref)
 	if err != nil {
 		return Manifest{}, err
 	}
-	m.Header, m.Content = r.access.header("manifest"), content
+	m.Header, m.Content = r.access.header("manifest"), d.Content
+	if m.Details == nil {
+		m.Details = d.Details
+	}
 	if n := len(r.epochs); n > 0 {
 		m.Epoch = r.epochs[n-1].Number
 	}
@@ -271,17 +305,21 @@ func (r *Repo) Publish(ctx context.Context, m Manifest) (Manifest, error) {
 // Draft returns what the finished upload of a backup stored; store.ErrNotExist
 // and fail.NoBackup when it is not finished, or was deleted.
 func (r *Repo) Draft(ctx context.Context, b Ref) (Content, error) {
-	var d draft
+	d, err := r.draft(ctx, b)
+	return d.Content, err
+}
+
+func (r *Repo) draft(ctx context.Context, b Ref) (d draft, err error) {
 	key := b.dir() + "draft.json"
 	if err := r.getSigned(ctx, key, "draft", &d); errors.Is(err, store.ErrNotExist) {
-		return Content{}, fail.With(fail.NoBackup, err)
+		return draft{}, fail.With(fail.NoBackup, err)
 	} else if err != nil {
-		return Content{}, err
+		return draft{}, err
 	}
 	if d.Ref != b {
-		return Content{}, fmt.Errorf("%s: belongs to %s of %s: %w", key, d.ID, d.Cluster, fail.Corrupt)
+		return draft{}, fmt.Errorf("%s: belongs to %s of %s: %w", key, d.ID, d.Cluster, fail.Corrupt)
 	}
-	return d.Content, nil
+	return d, nil
 }
 
 // Backup returns the manifest of one backup; fail.NoBackup when there is none.

@@ -95,7 +95,7 @@ func upload(r *repo.Repo, d disk, n int) (progress repo.Progress, err error) {
 			return progress, err
 		}
 	}
-	_, err = w.Finish(ctx, &repo.PhysicalFacts{Start: 1 << 24, Stop: 2 << 24, SegmentSize: pg.SegmentSize(16 << 20)})
+	_, err = w.Finish(ctx, &repo.PhysicalFacts{Start: 1 << 24, Stop: 2 << 24, SegmentSize: pg.SegmentSize(16 << 20)}, nil)
 	return progress, err
 }
 

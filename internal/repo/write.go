@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -88,7 +89,7 @@ func (r *Repo) Write(ctx context.Context, w Writing, files []File) (Content, err
 	if err != nil {
 		return Content{}, err
 	}
-	return wr.Finish(ctx, nil)
+	return wr.Finish(ctx, nil, nil)
 }
 
 // A Writer stores the content of one backup. What is stored already, by
@@ -218,8 +219,9 @@ func (w *Writer) Add(ctx context.Context, files iter.Seq2[File, error]) error {
 }
 
 // Finish writes the draft and returns the content. physical is nil for a
-// logical backup.
-func (w *Writer) Finish(ctx context.Context, physical *PhysicalFacts) (Content, error) {
+// logical backup. details, sealed by SealDetails, may be nil, and are those of
+// the manifest unless Publish is given others.
+func (w *Writer) Finish(ctx context.Context, physical *PhysicalFacts, details json.RawMessage) (Content, error) {
 	if w.done != nil {
 		return *w.done, nil
 	}
@@ -230,7 +232,7 @@ func (w *Writer) Finish(ctx context.Context, physical *PhysicalFacts) (Content, 
 	}
 	w.content.Packs, w.content.Physical = len(w.packs), physical
 	w.content.Uses = slices.Sorted(maps.Keys(w.uses))
-	err := putSigned(ctx, w.repo.st, w.repo.access, w.opt.dir()+"draft.json", draft{w.repo.access.header("draft"), w.opt.Ref, w.content})
+	err := putSigned(ctx, w.repo.st, w.repo.access, w.opt.dir()+"draft.json", draft{w.repo.access.header("draft"), w.opt.Ref, w.content, details})
 	if errors.Is(err, store.ErrExist) { // another attempt was faster; its packs are as good
 		return w.repo.Draft(ctx, w.opt.Ref)
 	}
