@@ -41,8 +41,9 @@ type Started struct {
 	FirstWAL    string // the segment with LSN
 
 	DataDirectory string
-	Config        []string // the files the configuration is read from, wherever they are
-	LogDirectory  string   // of the server's own log: absolute, or below DataDirectory
+	Config        []string          // the files the configuration is read from, wherever they are
+	Tablespaces   map[uint32]string // names, by OID
+	LogDirectory  string            // of the server's own log: absolute, or below DataDirectory
 }
 
 // Stopped is what makes the copied files a backup. Label and TablespaceMap
@@ -142,6 +143,9 @@ func startBackup(ctx context.Context, conn *pgx.Conn, label string, fast bool) (
 	if s.Config, s.LogDirectory, err = configFiles(ctx, conn); err != nil {
 		return Started{}, queryError("start a backup: find the configuration files", err)
 	}
+	if s.Tablespaces, err = tablespaces(ctx, conn); err != nil {
+		return Started{}, queryError("start a backup: list tablespaces", err)
+	}
 
 	call := "pg_backup_start($1, $2)"
 	if s.Version.Major() < 15 {
@@ -171,6 +175,22 @@ func startBackup(ctx context.Context, conn *pgx.Conn, label string, fast bool) (
 	s.Time = s.Time.UTC()
 	s.FirstWAL, err = pg.SegmentName(s.Timeline, s.LSN, s.SegmentSize)
 	return s, err
+}
+
+// tablespaces returns their names by OID.
+func tablespaces(ctx context.Context, conn *pgx.Conn) (map[uint32]string, error) {
+	rows, err := conn.Query(ctx, "SELECT oid, spcname::text FROM pg_tablespace", pgx.QueryExecModeExec)
+	if err != nil {
+		return nil, err
+	}
+	names := make(map[uint32]string)
+	var oid uint32
+	var name string
+	_, err = pgx.ForEachRow(rows, []any{&oid, &name}, func() error {
+		names[oid] = name
+		return nil
+	})
+	return names, err
 }
 
 // startError adds what an operator can do, where the server's words do not say it.
