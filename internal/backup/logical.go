@@ -99,14 +99,16 @@ func (l *Logical) Preflight(ctx context.Context, id repo.ID, started time.Time, 
 	if err := l.checkSpace(seen.Bytes); err != nil {
 		return Seen{}, err
 	}
-	skew, err := r.WriteIntent(ctx, repo.Intent{Ref: l.ref(id), Kind: repo.Logical, Host: l.Host, Workflow: by.Workflow, Run: by.Run, StartedAt: started}, time.Now)
-	if err != nil {
-		return Seen{}, err
+	return seen, announce(ctx, r, repo.Intent{Ref: l.ref(id), Kind: repo.Logical, Host: l.Host, Workflow: by.Workflow, Run: by.Run, StartedAt: started})
+}
+
+// announce says in the repository that a backup is meant.
+func announce(ctx context.Context, r *repo.Repo, in repo.Intent) error {
+	skew, err := r.WriteIntent(ctx, in, time.Now)
+	if err == nil && skew.Abs() > maxSkew {
+		err = fmt.Errorf("the store's clock is %v ahead of this host's: %w", skew.Round(time.Second), fail.ClockSkew)
 	}
-	if skew.Abs() > maxSkew {
-		return Seen{}, fmt.Errorf("the store's clock is %v ahead of this host's: %w", skew.Round(time.Second), fail.ClockSkew)
-	}
-	return seen, nil
+	return err
 }
 
 func (l *Logical) ref(id repo.ID) repo.Ref { return repo.Ref{Cluster: l.Name, ID: id} }
@@ -156,10 +158,17 @@ func (l *Logical) dir(id repo.ID) string { return filepath.Join(l.Spool, l.Name,
 // makeSpool makes the directory of a backup and says whose it is.
 func (l *Logical) makeSpool(id repo.ID, by Owner) error {
 	dir := l.dir(id)
+	if err := makeDir(dir); err != nil {
+		return err
+	}
+	return writeJSON(filepath.Join(dir, ownerFile), by)
+}
+
+func makeDir(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fail.Hint(fmt.Errorf("make spool: %w: %w", err, fail.BadConfig), "make the directory, and give it to the user that pgkeep runs as")
 	}
-	return writeJSON(filepath.Join(dir, ownerFile), by)
+	return nil
 }
 
 const (
@@ -448,12 +457,18 @@ func (l *Logical) Publish(ctx context.Context, id repo.ID, p Published) (repo.Ma
 	if err != nil {
 		return repo.Manifest{}, err
 	}
-	if err := r.WriteLatest(ctx, m); errors.Is(err, fail.StoreDenied) { // advice: the backup is there all the same
-		l.Log.Warn("latest backup not noted for scripts", "id", id, "error", err)
-	} else if err != nil {
-		return repo.Manifest{}, err
+	return m, noteLatest(ctx, r, m, l.Log)
+}
+
+// noteLatest points scripts at the backup. That is advice: the backup is there
+// all the same.
+func noteLatest(ctx context.Context, r *repo.Repo, m repo.Manifest, log *slog.Logger) error {
+	err := r.WriteLatest(ctx, m)
+	if errors.Is(err, fail.StoreDenied) {
+		log.Warn("latest backup not noted for scripts", "id", m.ID, "error", err)
+		return nil
 	}
-	return m, nil
+	return err
 }
 
 func (l *Logical) publish(ctx context.Context, r *repo.Repo, id repo.ID, p Published) (repo.Manifest, error) {

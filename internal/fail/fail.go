@@ -27,6 +27,7 @@ const (
 	WALHole       Kind = "wal-hole" // the archive lacks segments that something shows were written
 	NoBackup      Kind = "no-backup"
 	Corrupt       Kind = "corrupt"
+	PageDamage    Kind = "page-damage" // pages of the cluster itself, before any backup
 	Untrusted     Kind = "untrusted"   // not signed, or by a key that is not pinned
 	NoKey         Kind = "no-key"      // encrypted, and no key here opens it
 	Unsupported   Kind = "unsupported" // written by a newer pgkeep
@@ -75,6 +76,7 @@ var kinds = map[Kind]row{
 	Unsupported:    {exit: 17, means: "the object was written by a newer pgkeep", hint: "install the version of pgkeep named above, or a newer one"},
 	NotEmpty:       {exit: 18, means: "the place to restore into holds something already", hint: "restore under another name with --to, or allow it with --into-existing"},
 	AlreadyRunning: {exit: 19, means: "another backup of this cluster is running", hint: "pgkeep ps shows the run; wait for it, or stop it with pgkeep cancel"},
+	PageDamage:     {exit: 24, means: "pages of the cluster itself have wrong checksums: the disk, not the backup, is damaged", hint: "pgkeep show names the files and blocks; keep the last clean backup, and look at the disk"},
 	StoreDown:      {exit: 20, retry: true, means: "the object store does not answer, or says that it is overloaded", hint: "pgkeep keeps trying; check the endpoint, its name in DNS and its certificate"},
 	StoreDenied:    {exit: 21, means: "the object store refuses the credentials or the request", hint: "check the access key and what its policy allows on this bucket and prefix"},
 	StoreUnfit:     {exit: 22, means: "the object store lacks what objects that are never replaced need", hint: "pgkeep needs a store with conditional writes (If-None-Match) and strong reads after writes"},

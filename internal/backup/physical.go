@@ -1,0 +1,436 @@
+package backup
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"sync"
+	"sync/atomic"
+
+	"iter"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/cluster"
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/pgdata"
+	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/store"
+)
+
+// Physical takes the physical backups of one cluster on its host: it copies the
+// data directory while PostgreSQL works on it, and waits for the write-ahead log
+// that makes the copy whole. All fields but the last group are required.
+type Physical struct {
+	Name    string // of the cluster
+	Host    string
+	Cluster cluster.Cluster
+	Spool   string // holds the lock that keeps two attempts on this host apart
+	Open    func(context.Context) (*repo.Repo, error)
+	Log     *slog.Logger
+
+	Readers          int           // files read at a time; 0: one for each processor
+	SpreadCheckpoint bool          // begin with a checkpoint that takes its time
+	Pace             Pace          // how hard to read
+	WALWait          time.Duration // for the last segment to be archived; 0: 1 hour
+}
+
+func (p *Physical) ref(id repo.ID) repo.Ref { return repo.Ref{Cluster: p.Name, ID: id} }
+
+// Preflight finds out whether a backup can succeed, before anything is read, and
+// says in the repository that one is meant. Every refusal has a hint.
+func (p *Physical) Preflight(ctx context.Context, id repo.ID, started time.Time, by Owner) (Seen, error) {
+	r, err := p.Open(ctx)
+	if err != nil {
+		return Seen{}, err
+	}
+	facts, err := p.Cluster.Facts(ctx)
+	if err != nil {
+		return Seen{}, err
+	}
+	if err := p.fit(ctx, facts); err != nil {
+		return Seen{}, err
+	}
+	seen := Seen{System: facts.System, Version: facts.Version, Databases: len(facts.Databases)}
+	for _, d := range facts.Databases {
+		seen.Bytes += max(0, d.Bytes)
+	}
+	prior, err := p.prior(ctx, r, facts)
+	if err != nil {
+		return Seen{}, err
+	}
+	in := repo.Intent{Ref: p.ref(id), Kind: repo.Physical, Host: p.Host, Workflow: by.Workflow, Run: by.Run, StartedAt: started}
+	for _, b := range prior {
+		in.Pins = append(in.Pins, b.ID)
+	}
+	return seen, announce(ctx, r, in)
+}
+
+// fit refuses a server of which no physical backup can be taken, or none that
+// could be restored.
+func (p *Physical) fit(ctx context.Context, f cluster.Facts) error {
+	switch {
+	case f.WALLevel == "minimal":
+		return fail.Hint(fmt.Errorf("wal_level is minimal: %w", fail.BadConfig), "set wal_level = replica and restart PostgreSQL")
+	case !f.Archiving():
+		return fail.Hint(fmt.Errorf("this server archives no WAL, and a copy of its files is worth nothing without: %w", fail.BadConfig),
+			"set archive_mode = on and archive_command = 'pgkeep-wal push %p'; a standby needs archive_mode = always")
+	case f.DataDirectory == "":
+		return fail.Hint(fmt.Errorf("the role may not see where the data directory is: %w", fail.PGDenied), "GRANT pg_read_all_settings, or pg_monitor, to it")
+	}
+	if err := p.Cluster.CheckBackupRights(ctx); err != nil {
+		return err
+	}
+	d, err := pgdata.Open(f.DataDirectory, pgdata.Options{})
+	if err != nil {
+		return fail.Hint(fmt.Errorf("read the data directory: %w", err),
+			"a physical backup is taken on the host of the data directory, by PostgreSQL's user or one of its group (initdb --allow-group-access)")
+	}
+	defer d.Close()
+	c, _, err := d.Control(ctx)
+	if err == nil && c.System != f.System {
+		err = fmt.Errorf("%s belongs to system %v, the server is %v: %w", f.DataDirectory, c.System, f.System, fail.WrongSystem)
+	}
+	return err
+}
+
+// prior returns the backups whose blocks the next one may keep: the newest sound
+// one of this system.
+func (p *Physical) prior(ctx context.Context, r *repo.Repo, f cluster.Facts) ([]repo.Ref, error) {
+	all, err := r.Backups(ctx, p.Name)
+	if err != nil {
+		return nil, err
+	}
+	for _, b := range slices.Backward(all) {
+		if b.Err == nil && !b.Unfinished && b.Kind == repo.Physical && b.System == f.System && b.Version.Major() == f.Version.Major() {
+			return []repo.Ref{b.Ref}, nil
+		}
+	}
+	return nil, nil
+}
+
+// Copied is what Copy stored.
+type Copied struct {
+	repo.PhysicalFacts
+	repo.Content
+	Kept int64 `json:"kept"` // bytes of files that were stored before
+	Sent int64 `json:"sent"` // bytes of packs that this attempt sent
+}
+
+// Copy copies the cluster into the repository, from pg_backup_start to
+// pg_backup_stop, on one connection. A copy that is complete is returned as it
+// is, however often this is called; whatever earlier attempts, or the backup
+// before, have stored is compared and kept. progress is called only when it moves.
+func (p *Physical) Copy(ctx context.Context, id repo.ID, progress func(repo.Progress)) (Copied, error) {
+	r, err := p.Open(ctx)
+	if err != nil {
+		return Copied{}, err
+	}
+	if err := makeDir(p.Spool); err != nil {
+		return Copied{}, err
+	}
+	lock, err := cluster.TakeLock(ctx, filepath.Join(p.Spool, p.Name+".physical.lock"))
+	if err != nil {
+		return Copied{}, err
+	}
+	defer lock.Close()
+	if c, err := r.Draft(ctx, p.ref(id)); !errors.Is(err, fail.NoBackup) {
+		return Copied{PhysicalFacts: deref(c.Physical), Content: c}, err
+	}
+	facts, err := p.Cluster.Facts(ctx)
+	if err != nil {
+		return Copied{}, err
+	}
+	var total int64 // nearly
+	for _, d := range facts.Databases {
+		total += max(0, d.Bytes)
+	}
+	s, err := p.Cluster.StartBackup(ctx, "pgkeep "+string(id), !p.SpreadCheckpoint)
+	if err != nil {
+		return Copied{}, err
+	}
+	defer s.Abort()
+	return p.copy(ctx, r, id, total, s, progress)
+}
+
+// copy is one attempt. What it reads counts only between its own start and
+// stop: the label of one session with files of another would be no backup.
+func (p *Physical) copy(ctx context.Context, r *repo.Repo, id repo.ID, total int64, s *cluster.BackupSession, progress func(repo.Progress)) (Copied, error) {
+	begun := s.Start
+	details := PhysicalDetails{DataDirectory: begun.DataDirectory}
+	d, err := pgdata.Open(begun.DataDirectory, pgdata.Options{Config: begun.Config, LogDirectory: begun.LogDirectory,
+		Note: func(path, what string) { p.Log.Warn("not copied", "path", path, "because", what) }})
+	if err != nil {
+		return Copied{}, err
+	}
+	defer d.Close()
+	control, _, err := d.Control(ctx)
+	if err == nil {
+		err = begun.Check(control)
+	}
+	if err != nil {
+		return Copied{}, err
+	}
+	details.Config = d.Config()
+	spaces, err := d.Tablespaces()
+	if err != nil {
+		return Copied{}, err
+	}
+	for _, s := range spaces {
+		details.Tablespaces = append(details.Tablespaces, Tablespace{s.OID, begun.Tablespaces[s.OID], s.Path})
+	}
+
+	ctx, cancel := context.WithCancelCause(ctx)
+	gov := newGovernor(p.Pace)
+	var watching sync.WaitGroup
+	watching.Go(func() { p.watch(ctx, s, gov, cancel) })
+	defer watching.Wait()
+	defer cancel(nil)
+	check := pgdata.PageCheck{Start: begun.LSN, Now: func() (pg.LSN, error) { return s.Position(ctx) }}
+	if !control.Checksums {
+		check = pgdata.PageCheck{}
+	}
+	last := make(map[string]string) // the small files of the end
+	var done atomic.Pointer[repo.Progress]
+	damage, damagedFiles := 0, 0
+	w, err := r.Begin(ctx, repo.Writing{Ref: p.ref(id), Total: total, Readers: p.Readers, Wait: gov.wait,
+		Open: func(f *repo.File) (repo.Source, error) {
+			if text, ok := last[f.Path]; ok {
+				return memory{strings.NewReader(text)}, nil
+			}
+			src, err := d.OpenFile(ctx, dataFile(*f), check)
+			if err != nil {
+				return nil, err
+			}
+			f.Size = src.Size()
+			return gov.timed(src), nil
+		},
+		Stored: func(e repo.Entry) {
+			if len(e.Damaged) > 0 {
+				damage, damagedFiles = damage+len(e.Damaged), damagedFiles+1
+				details.damaged(e)
+			}
+		},
+		Progress: func(pr repo.Progress) {
+			done.Store(&pr)
+			progress(pr)
+		}})
+	if err != nil {
+		return Copied{}, err
+	}
+	defer w.Close()
+	if err := w.Add(ctx, treeFiles(d.Files(ctx))); err != nil {
+		return Copied{}, because(ctx, err)
+	}
+	_, pgControl, err := d.Control(ctx) // behind every page
+	if err == nil {
+		err = d.Present()
+	}
+	if err == nil {
+		err = s.Check(ctx)
+	}
+	if err != nil {
+		return Copied{}, because(ctx, err)
+	}
+	end, err := s.Stop(ctx)
+	if err != nil {
+		return Copied{}, because(ctx, err)
+	}
+	details.Label, details.TablespaceMap = end.Label, end.TablespaceMap
+	last["data/backup_label"], last["data/global/pg_control"] = end.Label, string(pgControl)
+	if strings.TrimSpace(end.TablespaceMap) != "" {
+		last["data/tablespace_map"] = end.TablespaceMap
+	}
+	if err := w.Add(ctx, texts(last, end.Time)); err != nil {
+		return Copied{}, because(ctx, err)
+	}
+	sealed, err := r.SealDetails(details)
+	if err != nil {
+		return Copied{}, err
+	}
+	content, err := w.Finish(ctx, &repo.PhysicalFacts{System: begun.System, Version: begun.Version, Start: begun.LSN, Stop: end.LSN, Timeline: begun.Timeline, StopTimeline: end.Timeline,
+		StartedAt: begun.Time, StoppedAt: end.Time, Checkpoint: begun.Checkpoint, FirstWAL: begun.FirstWAL, LastWAL: end.LastWAL, SegmentSize: begun.SegmentSize,
+		Checksums: control.Checksums, Damaged: damage, BlockSize: control.BlockSize, CatalogVersion: control.Catalog, ControlVersion: control.Version, DamagedFiles: damagedFiles, Tablespaces: len(details.Tablespaces), InRecovery: begun.InRecovery}, sealed)
+	if err != nil {
+		return Copied{}, because(ctx, err)
+	}
+	c := Copied{PhysicalFacts: deref(content.Physical), Content: content}
+	if pr := done.Load(); pr != nil {
+		c.Kept, c.Sent = pr.Kept, pr.Sent
+	}
+	return c, nil
+}
+
+// because prefers why the work was given up to how it noticed.
+func because(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
+		return cause
+	}
+	return err
+}
+
+// watch ends the copy when its session does: what is read after that is worth
+// nothing. And it looks at how far standbys are behind.
+func (p *Physical) watch(ctx context.Context, s *cluster.BackupSession, gov *governor, stop context.CancelCauseFunc) {
+	for rest(ctx, 5*time.Second) == nil {
+		if err := s.Check(ctx); err != nil && ctx.Err() == nil {
+			stop(err)
+			return
+		}
+		if p.Pace.MaxLag == 0 {
+			continue
+		}
+		lag, err := p.Cluster.StandbyLag(ctx)
+		if err != nil && ctx.Err() == nil {
+			p.Log.Warn("how far standbys are behind is not known", "error", err)
+		}
+		gov.lagging(lag)
+	}
+}
+
+// dataFile is f as package pgdata knows it.
+func dataFile(f repo.File) pgdata.File {
+	return pgdata.File{Path: f.Path, Dir: f.Dir, Link: f.Link, Mode: f.Mode, Size: f.Size, Modified: f.Modified}
+}
+
+func treeFiles(files iter.Seq2[pgdata.File, error]) iter.Seq2[repo.File, error] {
+	return func(yield func(repo.File, error) bool) {
+		for f, err := range files {
+			if !yield(repo.File{Path: f.Path, Dir: f.Dir, Link: f.Link, Mode: f.Mode, Size: f.Size, Modified: f.Modified}, err) {
+				return
+			}
+		}
+	}
+}
+
+func deref(f *repo.PhysicalFacts) repo.PhysicalFacts {
+	if f == nil {
+		return repo.PhysicalFacts{}
+	}
+	return *f
+}
+
+// Err says that the cluster itself is damaged, if it is. Such a backup is kept,
+// and counts for nothing.
+func (c Copied) Err(id repo.ID) error {
+	if c.PhysicalFacts.Damaged == 0 {
+		return nil
+	}
+	return fail.Hint(fmt.Errorf("backup %s has %d damaged pages of the cluster in it, in %d files: %w", id, c.PhysicalFacts.Damaged, c.DamagedFiles, fail.PageDamage),
+		"pgkeep show "+string(id)+" names the files and blocks; keep the last clean backup, and look at the disk")
+}
+
+// Verify reads back what this backup has stored and compares it; of what older
+// backups had stored and verified, it reads the directories, and a sample.
+func (p *Physical) Verify(ctx context.Context, id repo.ID, progress func(repo.Progress)) (repo.Report, error) {
+	r, err := p.Open(ctx)
+	if err != nil {
+		return repo.Report{}, err
+	}
+	content, err := r.Draft(ctx, p.ref(id))
+	if err != nil {
+		return repo.Report{}, err
+	}
+	rep, err := r.Read(ctx, id, content, repo.Reading{Packs: p.ref(id).Sample(scrub), Progress: progress})
+	if err == nil {
+		err = rep.Err()
+	}
+	return rep, err
+}
+
+// scrub is of how many packs that are not its own a backup reads one: all of
+// them within as many backups, on average.
+const scrub = 30
+
+// WaitWAL waits until every segment that the copy needs is in the archive, and
+// reads each of them back. progress is called when it moves, and while it waits.
+func (p *Physical) WaitWAL(ctx context.Context, id repo.ID, progress func(done, total int64)) (archived string, err error) {
+	r, err := p.Open(ctx)
+	if err != nil {
+		return "", err
+	}
+	content, err := r.Draft(ctx, p.ref(id))
+	if err != nil {
+		return "", err
+	}
+	f := deref(content.Physical)
+	need, err := f.Segments()
+	if err != nil {
+		return "", err
+	}
+	a := repo.Archive{Cluster: p.Name, System: f.System, Major: f.Version.Major()}
+	deadline := time.Now().Add(cmp.Or(p.WALWait, time.Hour))
+	for i, n := range need {
+		for {
+			err := r.CheckWAL(ctx, a, n)
+			if err == nil {
+				break
+			}
+			if !errors.Is(err, store.ErrNotExist) {
+				return "", err
+			}
+			if time.Now().After(deadline) {
+				return "", p.notArchived(ctx, n)
+			}
+			progress(int64(i), int64(len(need)))
+			select {
+			case <-time.After(time.Second):
+			case <-ctx.Done():
+				return "", ctx.Err()
+			}
+		}
+		progress(int64(i+1), int64(len(need)))
+	}
+	return f.LastWAL, nil
+}
+
+// notArchived says why a segment may not have come.
+func (p *Physical) notArchived(ctx context.Context, n pg.WALName) error {
+	err := fmt.Errorf("segment %v is not in the archive, and the copy is worth nothing without: %w", n, fail.NotArchiving)
+	if a, aerr := p.Cluster.WALArchived(ctx, 0); aerr == nil && a.Failing != "" {
+		return fail.Hint(err, "archive_command fails on "+a.Failing+": PostgreSQL's log says why")
+	}
+	return fail.Hint(err, "is archive_command 'pgkeep-wal push %p', for this cluster and this repository? pgkeep wal audit tells what is there; on a standby, PostgreSQL archives when the primary begins a new segment")
+}
+
+// Publish makes the backup exist.
+func (p *Physical) Publish(ctx context.Context, id repo.ID, pub Published) (repo.Manifest, error) {
+	r, err := p.Open(ctx)
+	if err != nil {
+		return repo.Manifest{}, err
+	}
+	content, err := r.Draft(ctx, p.ref(id))
+	if err != nil {
+		return repo.Manifest{}, err
+	}
+	f := deref(content.Physical)
+	m, err := r.Publish(ctx, repo.Manifest{Ref: p.ref(id), Kind: repo.Physical, Host: p.Host, System: f.System, Version: f.Version,
+		StartedAt: pub.Started, FinishedAt: time.Now().UTC().Truncate(time.Millisecond), LSN: pub.LSN, Verified: pub.Verified,
+		Workflow: pub.By.Workflow, Run: pub.By.Run})
+	if err != nil {
+		return repo.Manifest{}, err
+	}
+	return m, noteLatest(ctx, r, m, p.Log)
+}
+
+// texts are small files that stand nowhere, in path order.
+func texts(content map[string]string, modified time.Time) iter.Seq2[repo.File, error] {
+	return func(yield func(repo.File, error) bool) {
+		for _, path := range slices.Sorted(maps.Keys(content)) {
+			if !yield(repo.File{Path: path, Mode: 0o600, Size: int64(len(content[path])), Modified: modified}, nil) {
+				return
+			}
+		}
+	}
+}
+
+// memory is a file that stands nowhere.
+type memory struct{ *strings.Reader }
+
+func (memory) Close() error { return nil }
