@@ -23,8 +23,9 @@ import (
 // renamed or given another meaning. Every activity may run twice, at one time,
 // and after its workflow is gone.
 type Host struct {
-	Logical map[string]*backup.Logical // by the name of the cluster
-	Grace   time.Duration              // how long work goes on when the worker is told to stop; 0: 15 s
+	Logical  map[string]*backup.Logical  // by the name of the cluster
+	Physical map[string]*backup.Physical // likewise
+	Grace    time.Duration               // how long work goes on when the worker is told to stop; 0: 15 s
 }
 
 // BackupID names the backup that a workflow run takes. Run ids begin with the
@@ -39,16 +40,35 @@ type Job struct {
 	ID      string       `json:"id"`
 	Started time.Time    `json:"started"`
 	Owner   backup.Owner `json:"owner"`
+	Kind    repo.Kind    `json:"kind,omitempty"` // "": logical
 	// Databases to dump instead of those of the configuration.
 	Databases []string `json:"databases,omitempty"`
 }
 
-// logical finds who takes the backups of a cluster here.
+// A taker takes backups of one kind of one cluster.
+type taker interface {
+	Preflight(ctx context.Context, id repo.ID, started time.Time, by backup.Owner) (backup.Seen, error)
+	Verify(ctx context.Context, id repo.ID, progress func(repo.Progress)) (repo.Report, error)
+	Publish(ctx context.Context, id repo.ID, p backup.Published) (repo.Manifest, error)
+}
+
+// taker finds who takes that kind of backup of a cluster here.
+func (h *Host) taker(j Job) (taker, repo.ID, error) {
+	if j.Kind == repo.Physical {
+		return h.physical(j)
+	}
+	return h.logical(j)
+}
+
+func unknownCluster(name string) error {
+	return fail.Hint(fmt.Errorf("this worker knows no cluster %q: %w", name, fail.BadConfig),
+		"describe it under clusters in the worker's configuration, and start the worker again")
+}
+
 func (h *Host) logical(j Job) (*backup.Logical, repo.ID, error) {
 	l, ok := h.Logical[j.Cluster]
 	if !ok {
-		return nil, "", fail.Hint(fmt.Errorf("this worker knows no cluster %q: %w", j.Cluster, fail.BadConfig),
-			"describe it under clusters in the worker's configuration, and start the worker again")
+		return nil, "", unknownCluster(j.Cluster)
 	}
 	id, err := repo.ParseID(j.ID)
 	if len(j.Databases) > 0 {
@@ -77,9 +97,9 @@ type PreflightResult struct {
 
 // Preflight finds out whether the backup can succeed.
 func (h *Host) Preflight(ctx context.Context, j Job) (res PreflightResult, err error) {
-	l, id, err := h.logical(j)
+	t, id, err := h.taker(j)
 	if err == nil {
-		res.Seen, err = l.Preflight(ctx, id, j.Started, j.Owner)
+		res.Seen, err = t.Preflight(ctx, id, j.Started, j.Owner)
 	}
 	return res, border(ctx, err)
 }
@@ -164,12 +184,12 @@ type VerifyResult struct {
 
 // Verify reads the upload back from the repository.
 func (h *Host) Verify(ctx context.Context, j Job) (res VerifyResult, err error) {
-	l, id, err := h.logical(j)
+	t, id, err := h.taker(j)
 	if err != nil {
 		return res, border(ctx, err)
 	}
 	err = watched(ctx, "verify", h.grace(), usual, func(ctx context.Context, moved moved) error {
-		rep, err := l.Verify(ctx, id, func(p repo.Progress) { moved(Progress{Done: p.Read, Total: p.Total}) })
+		rep, err := t.Verify(ctx, id, func(p repo.Progress) { moved(Progress{Done: p.Read, Total: p.Total}) })
 		res = VerifyResult{rep.Verified, rep.Packs, rep.Stored}
 		return err
 	})
@@ -193,11 +213,11 @@ type PublishResult struct {
 
 // Publish makes the backup exist.
 func (h *Host) Publish(ctx context.Context, req PublishRequest) (res PublishResult, err error) {
-	l, id, err := h.logical(req.Job)
+	t, id, err := h.taker(req.Job)
 	if err != nil {
 		return res, border(ctx, err)
 	}
-	m, err := l.Publish(ctx, id, backup.Published{Seen: req.Seen, LSN: req.LSN, Verified: req.Verified, Started: req.Started, By: req.Owner})
+	m, err := t.Publish(ctx, id, backup.Published{Seen: req.Seen, LSN: req.LSN, Verified: req.Verified, Started: req.Started, By: req.Owner})
 	if err == nil {
 		activity.GetLogger(ctx).Info("backup published", "cluster", m.Cluster, "id", m.ID, "bytes", m.Bytes, "stored", m.Stored)
 	}

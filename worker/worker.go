@@ -29,8 +29,9 @@ type Options struct {
 	Client    client.Client
 	Namespace string // of Client: what other namespaces' workflows left is not judged
 	Host      string
-	Logical   []*backup.Logical // of the clusters of this host
-	Store     store.Store       // of the repository; nil: leftovers there are not looked for
+	Logical   []*backup.Logical  // of the clusters of this host
+	Physical  []*backup.Physical // likewise
+	Store     store.Store        // of the repository; nil: leftovers there are not looked for
 	Log       *slog.Logger
 
 	Activities int           // at a time on this host; 0: 4
@@ -61,9 +62,12 @@ func Run(ctx context.Context, opt Options) error {
 	})
 	workflows.Register(shared)
 
-	h := &activities.Host{Logical: make(map[string]*backup.Logical), Grace: opt.Grace}
+	h := &activities.Host{Logical: make(map[string]*backup.Logical), Physical: make(map[string]*backup.Physical), Grace: opt.Grace}
 	for _, l := range opt.Logical {
 		h.Logical[l.Name] = l
+	}
+	for _, p := range opt.Physical {
+		h.Physical[p.Name] = p
 	}
 	local := sdk.New(opt.Client, workflows.HostQueue(opt.Host), sdk.Options{
 		DisableWorkflowWorker:              true, // else it would stop before activities hear of it

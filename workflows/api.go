@@ -13,15 +13,19 @@ func HostQueue(host string) string { return "pgkeep-host-" + host }
 
 // Workflow types. They stand in histories and schedules: never rename one.
 const (
-	ScheduledName     = "pgkeep.Scheduled"
-	LogicalBackupName = "pgkeep.LogicalBackup"
+	ScheduledName      = "pgkeep.Scheduled"
+	LogicalBackupName  = "pgkeep.LogicalBackup"
+	PhysicalBackupName = "pgkeep.PhysicalBackup"
 )
 
 // TypePrefix begins the name of every workflow type of pgkeep.
 const TypePrefix = "pgkeep."
 
-// Logical is the kind of a backup made with pg_dump.
-const Logical = "logical"
+// The kinds of backups: made with pg_dump, or from the files of the cluster.
+const (
+	Logical  = "logical"
+	Physical = "physical"
+)
 
 // BackupWorkflowID is the one workflow id under which backups of that kind of
 // that cluster run. Temporal runs at most one workflow of an id at a time: this

@@ -11,4 +11,5 @@ type Registry interface {
 func Register(r Registry) {
 	r.RegisterWorkflowWithOptions(Scheduled, workflow.RegisterOptions{Name: ScheduledName})
 	r.RegisterWorkflowWithOptions(LogicalBackup, workflow.RegisterOptions{Name: LogicalBackupName})
+	r.RegisterWorkflowWithOptions(PhysicalBackup, workflow.RegisterOptions{Name: PhysicalBackupName})
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	enumspb "go.temporal.io/api/enums/v1"
+	"go.temporal.io/sdk/converter"
 	"go.temporal.io/sdk/temporal"
 	"go.temporal.io/sdk/workflow"
 
@@ -16,9 +17,16 @@ import (
 // pgkeep backup starts one by hand: so at most one runs for a cluster and kind,
 // wherever it was started. A schedule gives each of its runs an id of its own,
 // which would keep nothing apart.
-func Scheduled(ctx workflow.Context, req ScheduledRequest) (LogicalBackupResult, error) {
-	var res LogicalBackupResult
-	if req.Kind != Logical {
+// Its result is that of the backup.
+func Scheduled(ctx workflow.Context, req ScheduledRequest) (res converter.RawValue, err error) {
+	var name string
+	var request any
+	switch req.Kind {
+	case Logical:
+		name, request = LogicalBackupName, LogicalBackupRequest{Cluster: req.Cluster, Host: req.Host}
+	case Physical:
+		name, request = PhysicalBackupName, PhysicalBackupRequest{Cluster: req.Cluster, Host: req.Host}
+	default:
 		return res, temporal.NewNonRetryableApplicationError(fmt.Sprintf("this pgkeep knows no backup of kind %q", req.Kind), string(fail.BadConfig), nil)
 	}
 	// What Temporal set for the schedule is its own, and stays with this run.
@@ -29,10 +37,9 @@ func Scheduled(ctx workflow.Context, req ScheduledRequest) (LogicalBackupResult,
 		ParentClosePolicy:     enumspb.PARENT_CLOSE_POLICY_REQUEST_CANCEL,
 		WorkflowIDReusePolicy: enumspb.WORKFLOW_ID_REUSE_POLICY_ALLOW_DUPLICATE,
 		TypedSearchAttributes: inherited(workflow.GetTypedSearchAttributes(ctx)),
-		StaticSummary:         "logical backup of " + req.Cluster + ", scheduled",
+		StaticSummary:         req.Kind + " backup of " + req.Cluster + ", scheduled",
 	}
-	err := workflow.ExecuteChildWorkflow(workflow.WithChildOptions(ctx, opt), LogicalBackupName,
-		LogicalBackupRequest{Cluster: req.Cluster, Host: req.Host}).Get(ctx, &res)
+	err = workflow.ExecuteChildWorkflow(workflow.WithChildOptions(ctx, opt), name, request).Get(ctx, &res)
 	var running *temporal.ChildWorkflowExecutionAlreadyStartedError
 	if errors.As(err, &running) {
 		return res, temporal.NewNonRetryableApplicationError(
