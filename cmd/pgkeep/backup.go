@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -27,28 +28,31 @@ func backupCommand(e *env) *cli.Command {
 		Description: "A worker on the cluster's host takes it; this command starts it and, unless told otherwise,\n" +
 			"waits. Interrupting the command does not interrupt the backup.\n\n" + examples(
 			"pgkeep backup", "of the only cluster in the configuration",
+			"pgkeep backup --kind logical main", "with pg_dump",
 			"pgkeep backup --database sales main", "of one database",
 			"pgkeep backup --detach main", "and do not wait"),
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "kind", Usage: "take a backup of `KIND`: logical", Value: workflows.Logical},
+			&cli.StringFlag{Name: "kind", Usage: "take a backup of `KIND`, physical or logical; if not given, physical of a cluster on this host"},
 			&cli.StringSliceFlag{Name: "database", Usage: "dump only `DATABASE`; may be repeated"},
 			boolFlag("wait", "wait until it is done; this is what happens anyway"),
 			boolFlag("detach", "do not wait"),
+			boolFlag("direct", "take it here and now, without Temporal"),
 			jsonFlag(),
 		},
 		Action: func(c *cli.Context) error {
 			return e.backup(c.Context, backupOptions{Cluster: c.Args().First(), Kind: c.String("kind"), Databases: c.StringSlice("database"),
-				Wait: c.Bool("wait"), Detach: c.Bool("detach"), JSON: c.Bool("json")})
+				Wait: c.Bool("wait"), Detach: c.Bool("detach"), Direct: c.Bool("direct"), JSON: c.Bool("json")})
 		},
 	}
 }
 
 type backupOptions struct {
 	Cluster   string // "": the only one
-	Kind      string
+	Kind      string // "": what the cluster allows
 	Databases []string
 	Wait      bool
 	Detach    bool
+	Direct    bool
 	JSON      bool
 }
 
@@ -56,11 +60,8 @@ type backupOptions struct {
 const runTimeout = 72 * time.Hour
 
 func (e *env) backup(ctx context.Context, opt backupOptions) error {
-	if opt.Kind != workflows.Logical {
-		return config.Errorf("--kind %s: this pgkeep takes logical backups only", opt.Kind)
-	}
-	if opt.Wait && opt.Detach {
-		return config.Errorf("--wait and --detach exclude each other")
+	if opt.Wait && opt.Detach || opt.Direct && opt.Detach {
+		return config.Errorf("--detach excludes --wait and --direct")
 	}
 	cfg, err := e.config()
 	if err != nil {
@@ -70,57 +71,120 @@ func (e *env) backup(ctx context.Context, opt backupOptions) error {
 	if err != nil {
 		return err
 	}
-	host := settings.Host
-	if host == "" {
-		host = cfg.Host
+	if opt.Kind, err = kindOf(opt, settings); err != nil {
+		return err
 	}
+	if opt.Direct {
+		return e.backupDirect(ctx, cfg, name, settings, opt)
+	}
+	host := string(cmp.Or(settings.Host, cfg.Host))
 	s, err := e.temporal(ctx)
 	if err != nil {
 		return err
 	}
 	defer s.Close()
-	start := client.StartWorkflowOptions{
-		ID: workflows.BackupWorkflowID(name, opt.Kind), TaskQueue: workflows.Queue,
-		WorkflowExecutionErrorWhenAlreadyStarted: true, // else this would be somebody else's backup
-		WorkflowRunTimeout:                       runTimeout,
-		StaticSummary:                            "logical backup of " + name,
-		Memo:                                     map[string]any{"pgkeep.requestedFrom": string(cfg.Host), "pgkeep.version": thisVersion().Version},
-	}
-	if searchable, err := schedule.Searchable(ctx, s, s.namespace); err != nil {
-		return err
-	} else if searchable {
-		start.TypedSearchAttributes = temporal.NewSearchAttributes(workflows.PgkeepCluster.ValueSet(name),
-			workflows.PgkeepKind.ValueSet(opt.Kind), workflows.PgkeepHost.ValueSet(string(host)))
-	}
-	run, err := s.ExecuteWorkflow(ctx, start, workflows.LogicalBackupName,
-		workflows.LogicalBackupRequest{Cluster: name, Host: string(host), Databases: opt.Databases})
-	if temporal.IsWorkflowExecutionAlreadyStartedError(err) {
-		return fail.With(fail.AlreadyRunning, fmt.Errorf("a %s backup of %s is running already, as workflow %s", opt.Kind, name, start.ID))
-	}
+	run, err := s.startBackup(ctx, name, host, string(cfg.Host), opt)
 	if err != nil {
-		return fmt.Errorf("start backup: %w", err)
+		return err
 	}
 	link := s.link(run.GetID(), run.GetRunID())
-	e.say("backup of %s started", name)
+	e.say("%s backup of %s started", opt.Kind, name)
 	if link != "" {
 		e.say("%s", link)
 	}
 	if opt.Detach {
 		return e.printStarted("backup", s, run.GetID(), run.GetRunID(), opt.JSON)
 	}
+	if opt.Kind == workflows.Physical {
+		var res workflows.PhysicalBackupResult
+		if err := e.await(ctx, s, run, &res); err != nil {
+			return err
+		}
+		return e.printPhysical(name, link, res, opt.JSON)
+	}
 	var res workflows.LogicalBackupResult
 	if err := e.await(ctx, s, run, &res); err != nil {
 		return err
 	}
-	if opt.JSON {
+	return e.printLogical(name, link, res, opt.JSON)
+}
+
+// kindOf decides which kind of backup is meant: of single databases, and of a
+// cluster on another host, only a logical one can be taken.
+func kindOf(opt backupOptions, c config.Cluster) (string, error) {
+	kind := opt.Kind
+	if kind == "" {
+		kind = workflows.Logical
+		if len(opt.Databases) == 0 && c.Conninfo.IsLocal() {
+			kind = workflows.Physical
+		}
+	}
+	var known config.Kind
+	if err := known.UnmarshalText([]byte(kind)); err != nil {
+		return "", config.Errorf("--kind %s: %w", kind, err)
+	}
+	if kind == workflows.Physical && len(opt.Databases) > 0 {
+		return "", fail.Hint(config.Errorf("a physical backup is of all databases"), "--kind logical dumps single ones")
+	}
+	return kind, nil
+}
+
+// startBackup starts the workflow that takes a backup.
+func (s *server) startBackup(ctx context.Context, cluster, host, from string, opt backupOptions) (client.WorkflowRun, error) {
+	start := client.StartWorkflowOptions{
+		ID: workflows.BackupWorkflowID(cluster, opt.Kind), TaskQueue: workflows.Queue,
+		WorkflowExecutionErrorWhenAlreadyStarted: true, // else this would be somebody else's backup
+		WorkflowRunTimeout:                       runTimeout,
+		StaticSummary:                            opt.Kind + " backup of " + cluster,
+		Memo:                                     map[string]any{"pgkeep.requestedFrom": from, "pgkeep.version": thisVersion().Version},
+	}
+	if searchable, err := schedule.Searchable(ctx, s, s.namespace); err != nil {
+		return nil, err
+	} else if searchable {
+		start.TypedSearchAttributes = temporal.NewSearchAttributes(workflows.PgkeepCluster.ValueSet(cluster),
+			workflows.PgkeepKind.ValueSet(opt.Kind), workflows.PgkeepHost.ValueSet(host))
+	}
+	var run client.WorkflowRun
+	var err error
+	if opt.Kind == workflows.Physical {
+		run, err = s.ExecuteWorkflow(ctx, start, workflows.PhysicalBackupName, workflows.PhysicalBackupRequest{Cluster: cluster, Host: host})
+	} else {
+		run, err = s.ExecuteWorkflow(ctx, start, workflows.LogicalBackupName,
+			workflows.LogicalBackupRequest{Cluster: cluster, Host: host, Databases: opt.Databases})
+	}
+	if temporal.IsWorkflowExecutionAlreadyStartedError(err) {
+		return nil, fail.With(fail.AlreadyRunning, fmt.Errorf("a %s backup of %s is running already, as workflow %s", opt.Kind, cluster, start.ID))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("start backup: %w", err)
+	}
+	return run, nil
+}
+
+func (e *env) printLogical(cluster, link string, res workflows.LogicalBackupResult, asJSON bool) error {
+	if asJSON {
 		return printJSON(e.out, "backup", struct {
 			Cluster string `json:"cluster"`
 			workflows.LogicalBackupResult
 			Link string `json:"link,omitempty"`
-		}{name, res, link})
+		}{cluster, res, link})
 	}
-	_, err = fmt.Fprintf(e.out, "%s  %s  %s, %s dumped, %s stored in %s, verified: %s\n",
-		res.ID, name, count(res.Databases, "database"), size(res.Bytes), size(res.Stored), count(res.Packs, "pack"), res.Verified)
+	_, err := fmt.Fprintf(e.out, "%s  %s  %s, %s dumped, %s stored in %s, verified: %s\n",
+		res.ID, cluster, count(res.Databases, "database"), size(res.Bytes), size(res.Stored), count(res.Packs, "pack"), res.Verified)
+	return err
+}
+
+func (e *env) printPhysical(cluster, link string, res workflows.PhysicalBackupResult, asJSON bool) error {
+	if asJSON {
+		return printJSON(e.out, "backup", struct {
+			Cluster string `json:"cluster"`
+			workflows.PhysicalBackupResult
+			Link string `json:"link,omitempty"`
+		}{cluster, res, link})
+	}
+	c := res.Copy
+	_, err := fmt.Fprintf(e.out, "%s  %s  %s in %s, %s sent, %s kept, LSN %v to %v, WAL archived, verified: %s\n",
+		res.ID, cluster, size(c.Bytes), count(c.Files, "file"), size(c.Sent), size(c.Kept), c.Start, c.Stop, res.Verified)
 	return err
 }
 

@@ -53,6 +53,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 		return fail.Hint(config.Errorf("no signing key: nothing this host writes would be believed"), "pgkeep init makes one")
 	}
 	var logical []*backup.Logical
+	var physical []*backup.Physical
 	for _, name := range slices.Sorted(maps.Keys(cfg.Clusters)) {
 		if host := cfg.Clusters[name].Host; host != "" && host != cfg.Host {
 			continue
@@ -61,7 +62,11 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 		if err != nil {
 			return err
 		}
-		logical = append(logical, l)
+		p, err := open.Physical(cfg, string(name), st, access, log)
+		if err != nil {
+			return err
+		}
+		logical, physical = append(logical, l), append(physical, p)
 	}
 	if len(logical) == 0 {
 		return config.Errorf("no cluster of host %s in the configuration: nothing to serve", cfg.Host)
@@ -71,7 +76,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 		return err
 	}
 	defer s.Close()
-	return worker.Run(ctx, worker.Options{Client: s.Client, Namespace: s.namespace, Host: string(cfg.Host), Logical: logical, Store: st, Log: log, Grace: grace})
+	return worker.Run(ctx, worker.Options{Client: s.Client, Namespace: s.namespace, Host: string(cfg.Host), Logical: logical, Physical: physical, Store: st, Log: log, Grace: grace})
 }
 
 // temporalAtLast connects to the server, and waits for it as long as it takes:

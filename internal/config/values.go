@@ -170,6 +170,23 @@ func (c *Conninfo) UnmarshalText(b []byte) error {
 	return nil
 }
 
+// IsLocal reports whether c leads to a server on this host: by a socket, or by
+// the loopback address. Only the text is looked at.
+func (c Conninfo) IsLocal() bool {
+	host := ""
+	if u, err := url.Parse(string(c)); err == nil && strings.HasPrefix(u.Scheme, "postgres") {
+		if host = u.Query().Get("host"); host == "" {
+			host = u.Hostname()
+		}
+	} else if found := hostInConninfo.FindStringSubmatch(string(c)); found != nil {
+		host = found[1]
+	}
+	ip := net.ParseIP(host)
+	return host == "" || strings.HasPrefix(host, "/") || strings.HasPrefix(host, "@") || host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+var hostInConninfo = regexp.MustCompile(`(?:^|\s)host(?:addr)?\s*=\s*'?([^\s',]+)`)
+
 // An Encryption is a way to encrypt backups.
 type Encryption string
 

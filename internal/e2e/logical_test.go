@@ -26,7 +26,7 @@ func TestBackupAndRestore(t *testing.T) {
 		Databases    int
 		Stored       int64
 	}
-	r.decode(r.must("backup", "--json"), &done)
+	r.decode(r.must("backup", "--kind", "logical", "--json"), &done)
 	if done.Databases != 2 || done.Verified != "content" || done.Stored == 0 {
 		t.Errorf("backup said %+v", done)
 	}
@@ -215,7 +215,7 @@ func TestStoreDeniesCredentials(t *testing.T) {
 	r.write("secret", "wrong")
 	r.worker()
 	began := time.Now()
-	res := r.run("backup")
+	res := r.run("backup", "--kind", "logical")
 	if res.status != 21 || !strings.Contains(res.err, "hint:") || !strings.Contains(res.err, "preflight") {
 		t.Errorf("status %d\n%s", res.status, res.err)
 	}
@@ -229,7 +229,7 @@ func TestStoreDeniesCredentials(t *testing.T) {
 func TestTemporalDownDuringDump(t *testing.T) {
 	r := setup(t, 1000)
 	r.worker()
-	r.must("backup")
+	r.must("backup", "--kind", "logical")
 	first := r.listed()
 	release := r.hold()
 	run := r.start()
@@ -245,7 +245,7 @@ func TestTemporalDownDuringDump(t *testing.T) {
 		t.Errorf("listed %v, want %v", got, first)
 	}
 	r.restored()
-	if res := r.run("backup"); res.status != 40 || !strings.Contains(res.err, "hint:") {
+	if res := r.run("backup", "--kind", "logical"); res.status != 40 || !strings.Contains(res.err, "hint:") {
 		t.Errorf("backup without Temporal: status %d\n%s", res.status, res.err)
 	}
 	<-time.After(time.Until(away.Add(time.Minute)))

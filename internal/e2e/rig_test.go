@@ -63,6 +63,8 @@ type rig struct {
 	dir      string
 	config   string
 	logs     []*os.File
+
+	wal, walProgram string // configuration and program for archive_command, if it archives
 }
 
 // setup starts the parts and initializes a repository. rows is how many rows of
@@ -100,7 +102,7 @@ temporal: {address: "%[7]s", namespace: %[8]s, ui_url: "%[9]s"}
 host: db1
 spool: %[6]s/spool
 log: {level: info, format: json}
-clusters: {main: {conninfo: "%[10]s", password_file: %[11]s, logical: {lock_wait: 3m}}}
+clusters: {main: {conninfo: "%[10]s", password_file: %[11]s, logical: {lock_wait: 3m}, physical: {rate: 0}}}
 schedules: [{cluster: main, cron: "30 1 * * *", jitter: 0s}]
 `, r.s3.Bucket, r.proxy.Addr, r.s3.CAFile, r.s3.AccessKeyID, r.write("secret", r.s3.SecretAccessKey),
 		r.dir, r.temporal.Address, r.temporal.Namespace, r.temporal.UIURL, strings.Replace(r.pg.TCPConninfo(), "user=postgres", "user=keeper", 1), r.write("password", canary)))
@@ -191,7 +193,7 @@ func (p *process) signal(s syscall.Signal) int {
 func (r *rig) start() client.WorkflowRun {
 	r.t.Helper()
 	var started struct{ Workflow, Run string }
-	r.decode(r.must("backup", "--detach", "--json", "main"), &started)
+	r.decode(r.must("backup", "--kind", "logical", "--detach", "--json", "main"), &started)
 	return r.client.GetWorkflow(r.t.Context(), started.Workflow, started.Run)
 }
 

@@ -142,3 +142,20 @@ func Logical(c *config.Config, name string, st store.Store, a repo.Access, log *
 		Databases: s.Databases, Exclude: s.Exclude, Jobs: s.Jobs, RolePasswords: s.RolePasswords,
 		StallAfter: s.StallTimeout, LockWait: s.LockWait}, nil
 }
+
+// Physical returns who takes the physical backups of a cluster on this host.
+func Physical(c *config.Config, name string, st store.Store, a repo.Access, log *slog.Logger) (*backup.Physical, error) {
+	settings, err := c.Cluster(name)
+	if err != nil {
+		return nil, err
+	}
+	at, err := Cluster(settings)
+	if err != nil {
+		return nil, err
+	}
+	s := settings.Physical
+	return &backup.Physical{Name: name, Host: string(c.Host), Cluster: at, Spool: string(c.Spool), Log: log,
+		Open:    func(ctx context.Context) (*repo.Repo, error) { return repo.Open(ctx, st, a) },
+		Readers: s.Readers, SpreadCheckpoint: s.SpreadCheckpoint, WALWait: s.WALWait,
+		Pace: backup.Pace{Rate: int64(s.Rate), MaxLag: int64(s.MaxStandbyLag), MaxLatency: s.MaxReadLatency}}, nil
+}
