@@ -99,7 +99,7 @@ func Open(dir string, opt Options) (*Dir, error) {
 func (d *Dir) identify() error {
 	for _, name := range owned {
 		info, err := d.root.Lstat(name)
-		if err == nil && name != "pg_tblspc" && info.Mode()&fs.ModeSymlink != 0 {
+		if err == nil && info.Mode()&fs.ModeSymlink != 0 {
 			d.moved = append(d.moved, name)
 		}
 	}
@@ -299,6 +299,10 @@ type Tablespace struct {
 
 // Tablespaces lists the tablespaces there are, in order of their OIDs.
 func (d *Dir) Tablespaces() ([]Tablespace, error) {
+	info, err := d.root.Lstat("pg_tblspc")
+	if err == nil && info.Mode()&fs.ModeSymlink != 0 {
+		return nil, fail.Hint(fmt.Errorf("list tablespaces: pg_tblspc is a link: %w", fail.BadConfig), "make it a directory again; the links in it may lead anywhere")
+	}
 	names, err := fs.ReadDir(d.root.FS(), "pg_tblspc")
 	if err != nil {
 		return nil, fmt.Errorf("list tablespaces: %w", kinded(err))

@@ -34,7 +34,8 @@ var skipped = []string{
 }
 
 // owned are directories that initdb makes right below the data directory. The
-// server follows where they are links, and so do we.
+// server follows where they are links, and so do we; but not pg_tblspc, which
+// holds links itself.
 var owned = []string{
 	"base", "global", "pg_commit_ts", "pg_logical", "pg_multixact", "pg_stat", "pg_tblspc", "pg_twophase", "pg_xact",
 }

@@ -261,7 +261,7 @@ func (s *Source) readPages(b []byte, off int64) (int, error) {
 }
 
 // judge looks at every whole page in b. Those that are wrong are read again, in
-// place, until they are right or time is up.
+// place, until they are right, or have changed, or time is up.
 func (s *Source) judge(b []byte, off int64) error {
 	var wrong []suspect
 	for at := 0; at+s.page <= len(b); at += s.page {
@@ -282,27 +282,33 @@ func (s *Source) judge(b []byte, off int64) error {
 			// A page that is cut off by now is the log's, as is one that changes.
 			return n < s.page || sound(w.page, s.first+uint32(w.block)) || !bytes.Equal(w.page, w.before)
 		})
+		if err == nil && i == 0 {
+			wrong, err = s.unhealed(wrong)
+		}
 		if err != nil {
 			return err
 		}
 	}
-	if len(wrong) == 0 {
-		return nil
-	}
-	limit := pg.LSN(0) // no page is healed by what it says
-	if s.check.Now != nil {
-		now, err := s.check.Now()
-		if err != nil {
-			return fmt.Errorf("judge a page: %w", err)
-		}
-		limit = now + slack
-	}
 	for _, w := range wrong {
-		if lsn := pg.PageLSN(w.page); lsn < s.check.Start || lsn > limit {
-			s.damaged(w.block)
-		}
+		s.damaged(w.block)
 	}
 	return nil
+}
+
+// unhealed returns those of the pages that do not say that they were changed
+// since the backup began.
+func (s *Source) unhealed(wrong []suspect) ([]suspect, error) {
+	if len(wrong) == 0 || s.check.Now == nil {
+		return wrong, nil
+	}
+	now, err := s.check.Now()
+	if err != nil {
+		return nil, fmt.Errorf("judge a page: %w", err)
+	}
+	return slices.DeleteFunc(wrong, func(w suspect) bool {
+		lsn := pg.PageLSN(w.page)
+		return s.check.Start <= lsn && lsn <= now+slack
+	}), nil
 }
 
 // A suspect is a page whose checksum was wrong.
