@@ -1,10 +1,17 @@
 package cluster
 
+import "github.com/jackc/pgx/v5"
+
 // For tests of what has no door of its own.
 var (
 	RolesIn         = rolesIn
 	ArchivedThrough = archivedThrough
+	LastWAL         = lastWAL
 )
+
+// Pooled puts another connection in the place of the session's, as a pooler
+// does between two transactions.
+func (s *BackupSession) Pooled(conn *pgx.Conn) { s.conn = conn }
 
 // Summary is what an error says of lines that a program wrote.
 func Summary(lines ...string) string {

@@ -360,10 +360,15 @@ func (s *BackupSession) Stop(ctx context.Context) (Stopped, error) {
 		st.TablespaceMap = ""
 	}
 	st.Time = st.Time.UTC()
-	// The byte before the end is the last one needed. pg_walfile_name would name
-	// the segment after it, since PostgreSQL 17, and that may never be archived.
-	st.LastWAL, err = pg.SegmentName(st.Timeline, max(st.LSN, 1)-1, s.Start.SegmentSize)
+	st.LastWAL, err = lastWAL(st.Timeline, st.LSN, s.Start.SegmentSize)
 	return st, err
+}
+
+// lastWAL names the last segment of a log that ends at a position. It holds the
+// byte before. Where a segment ends at that position, pg_walfile_name names the
+// next one since PostgreSQL 17, and that may never be archived.
+func lastWAL(t pg.Timeline, end pg.LSN, size pg.SegmentSize) (string, error) {
+	return pg.SegmentName(t, max(end, 1)-1, size)
 }
 
 // stopError gives what the server says of a backup that it cannot end its kind.
