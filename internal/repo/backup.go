@@ -292,9 +292,14 @@ func (r *Repo) Publish(ctx context.Context, m Manifest) (Manifest, error) {
 	}
 	// A deletion that came between the look above and the write has left, or
 	// will leave, nothing that the manifest speaks of.
+	// Of all that it removes the intent is the last but the tombstone, and what
+	// pinned packs of others.
 	_, err = r.Backup(ctx, m.Ref)
 	if err == nil {
 		_, err = r.Draft(ctx, m.Ref)
+	}
+	if err == nil {
+		err = r.getSigned(ctx, m.dir()+"intent.json", "intent", new(Intent))
 	}
 	if errors.Is(err, store.ErrNotExist) || errors.Is(err, fail.NoBackup) {
 		return Manifest{}, errors.Join(fmt.Errorf("backup %s was deleted while it was published: %w", m.ID, fail.NoBackup), r.st.Delete(ctx, key))

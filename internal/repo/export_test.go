@@ -1,6 +1,10 @@
 package repo
 
-import "context"
+import (
+	"context"
+
+	"github.com/pgkeep/pgkeep/internal/store"
+)
 
 // PriorBytes returns how many bytes of files the packs of a backup in progress
 // hold.
@@ -20,4 +24,18 @@ func (r *Repo) PriorBytes(ctx context.Context, b Ref) (sum int64, err error) {
 		}
 	}
 	return sum, nil
+}
+
+// Small returns w with everything cut into small pieces: chunks of two frames,
+// few files, few layers.
+func Small(w Writing) Writing {
+	w.limits = limits{chunk: 32, stride: 20, layers: 4, tree: treeLimits{entries: 4, packs: 6, frames: 40, bytes: 2000}}
+	return w
+}
+
+// Through returns r with another way to its store.
+func (r *Repo) Through(st store.Store) *Repo {
+	other := *r
+	other.st = st
+	return &other
 }

@@ -60,42 +60,56 @@ func (d disk) open(f *repo.File) (repo.Source, error) {
 
 // backupID returns the id of the n-th backup.
 func backupID(n int) repo.ID {
-	return repo.NewID(now.Add(time.Duration(n)*24*time.Hour), fmt.Sprintf("%08x", n))
+	return repo.NewID(now.Add(time.Duration(n)*7*24*time.Hour), fmt.Sprintf("%08x", n))
 }
 
 // take stores and publishes a disk as backup n, which may keep blocks of others.
 func take(r *repo.Repo, d disk, n int, pins ...int) (repo.Manifest, repo.Progress, error) {
-	b := repo.Ref{Cluster: "main", ID: backupID(n)}
-	in := repo.Intent{Ref: b, Kind: repo.Physical, StartedAt: now}
-	for _, pin := range pins {
-		in.Pins = append(in.Pins, backupID(pin))
-	}
-	if _, err := r.WriteIntent(ctx, in, func() time.Time { return now }); err != nil {
+	if err := intend(r, n, pins...); err != nil {
 		return repo.Manifest{}, repo.Progress{}, err
 	}
 	progress, err := upload(r, d, n)
 	if err != nil {
 		return repo.Manifest{}, progress, err
 	}
-	m, err := r.Publish(ctx, repo.Manifest{Ref: b, Kind: repo.Physical, StartedAt: now, FinishedAt: now})
+	m, err := publish(r, n)
 	return m, progress, err
 }
 
+func intend(r *repo.Repo, n int, pins ...int) error {
+	in := repo.Intent{Ref: repo.Ref{Cluster: "main", ID: backupID(n)}, Kind: repo.Physical, StartedAt: now}
+	for _, pin := range pins {
+		in.Pins = append(in.Pins, backupID(pin))
+	}
+	_, err := r.WriteIntent(ctx, in, func() time.Time { return now })
+	return err
+}
+
+func publish(r *repo.Repo, n int) (repo.Manifest, error) {
+	return r.Publish(ctx, repo.Manifest{Ref: repo.Ref{Cluster: "main", ID: backupID(n)}, Kind: repo.Physical, StartedAt: now, FinishedAt: now})
+}
+
 func upload(r *repo.Repo, d disk, n int) (progress repo.Progress, err error) {
-	w, err := r.Begin(ctx, repo.Writing{Ref: repo.Ref{Cluster: "main", ID: backupID(n)}, Open: d.open, Readers: 1, Senders: 1, PackSize: 200_000,
-		Progress: func(p repo.Progress) { // one reader, one sender, and their numbers only grow
-			progress = repo.Progress{Read: max(progress.Read, p.Read), Kept: max(progress.Kept, p.Kept), Sent: max(progress.Sent, p.Sent)}
-		}})
+	return store1(r, d, repo.Writing{Ref: repo.Ref{Cluster: "main", ID: backupID(n)}, PackSize: 200_000})
+}
+
+// store1 stores a disk with one reader and one sender.
+func store1(r *repo.Repo, d disk, w repo.Writing) (progress repo.Progress, err error) {
+	w.Open, w.Readers, w.Senders = d.open, 1, 1
+	w.Progress = func(p repo.Progress) { // one reader, one sender, and their numbers only grow
+		progress = repo.Progress{Read: max(progress.Read, p.Read), Kept: max(progress.Kept, p.Kept), Sent: max(progress.Sent, p.Sent)}
+	}
+	wr, err := r.Begin(ctx, w)
 	if err != nil {
 		return progress, err
 	}
-	defer w.Close()
+	defer wr.Close()
 	for _, last := range []bool{false, true} {
-		if err := w.Add(ctx, d.files(last)); err != nil {
+		if err := wr.Add(ctx, d.files(last)); err != nil {
 			return progress, err
 		}
 	}
-	_, err = w.Finish(ctx, &repo.PhysicalFacts{Start: 1 << 24, Stop: 2 << 24, SegmentSize: pg.SegmentSize(16 << 20)}, nil)
+	_, err = wr.Finish(ctx, &repo.PhysicalFacts{Start: 1 << 24, Stop: 2 << 24, SegmentSize: pg.SegmentSize(16 << 20)}, nil)
 	return progress, err
 }
 

@@ -115,7 +115,7 @@ func (p *packer) chunk(ctx context.Context, c chunk) error {
 
 // rebase gives up layers: their blocks win no more.
 func (p *packer) rebase(file packFile, uses []layerUse) {
-	must, may := rebase(uses, oldFor(file.Path))
+	must, may := rebase(uses, oldFor(file.Path), p.w.opt.limits.layers)
 	for _, i := range may {
 		cost := uses[i].live * file.Block
 		if p.w.spare.Add(-cost) < 0 {

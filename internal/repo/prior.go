@@ -162,10 +162,9 @@ func packOwner(key string) ID {
 }
 
 // Bounds of what is kept of old layers, within the blocks that are handled
-// together. They bound what a restore reads in vain, how many pieces it reads,
-// and how long anything in the bucket is relied on.
+// together, besides limits.layers. They bound what a restore reads in vain, and
+// how long anything in the bucket is relied on.
 const (
-	maxLayers = 32
 	maxAge    = 90 * 24 * time.Hour
 	ageSpread = 30 * 24 * time.Hour // by path, so that not everything is stored anew on one day
 )
@@ -180,7 +179,7 @@ type layerUse struct {
 // rebase decides which layers are given up, their live blocks stored anew: some
 // must be, for there are too many; others may be, as far as bytes can be spared,
 // for less than half of them counts or they are old.
-func rebase(uses []layerUse, old time.Duration) (must, may []int) {
+func rebase(uses []layerUse, old time.Duration, limit int) (must, may []int) {
 	var kept []int
 	for i, u := range uses {
 		switch {
@@ -192,7 +191,7 @@ func rebase(uses []layerUse, old time.Duration) (must, may []int) {
 			kept = append(kept, i)
 		}
 	}
-	if n := len(kept) + 1 - maxLayers; n > 0 { // one more is about to be made
+	if n := len(kept) + 1 - limit; n > 0 { // one more is about to be made
 		slices.SortFunc(kept, func(a, b int) int { return cmp.Compare(uses[a].live, uses[b].live) })
 		must = kept[:n]
 		may = slices.DeleteFunc(may, func(i int) bool { return slices.Contains(must, i) })

@@ -115,13 +115,13 @@ type Part struct {
 	Batch int `json:"batch,omitempty"`
 }
 
-// A part is cut before any of these, so that neither writer nor reader holds more.
-const (
-	partEntries = 20_000
-	partPacks   = 1_024
-	partFrames  = 1 << 18 // of all layers: 32 GiB of full frames
-	partBytes   = 8 << 20 // of JSON
-)
+// treeLimits are what a part is cut at, so that neither writer nor reader holds
+// much more.
+type treeLimits struct {
+	entries, packs int
+	frames         int // of all layers
+	bytes          int // of JSON
+}
 
 // A treeWriter collects the next part of a list of files.
 type treeWriter struct {
@@ -151,8 +151,8 @@ func (t *treeWriter) add(e Entry, packs []*Pack) error {
 	return json.NewEncoder(&t.lines).Encode(treeLine{Entry: &e})
 }
 
-func (t *treeWriter) full() bool {
-	return t.entries >= partEntries || len(t.packs) >= partPacks || t.frames >= partFrames || t.lines.Len() >= partBytes
+func (t *treeWriter) full(at treeLimits) bool {
+	return t.entries >= at.entries || len(t.packs) >= at.packs || t.frames >= at.frames || t.lines.Len() >= at.bytes
 }
 
 // reset begins the next part, in the same memory.

@@ -48,7 +48,19 @@ type Writing struct {
 	// Stored, when not nil, is told of each entry whose content is stored, in
 	// path order within a batch.
 	Stored func(Entry)
+
+	limits limits // tests alone lower them
 }
+
+// limits are how much is handled together.
+type limits struct {
+	chunk  int64 // blocks of a file that one reader takes at a time
+	stride int   // what is begun before all that is begun is ended, in files, of which a chunk counts for chunkWeight
+	layers int   // of a chunk
+	tree   treeLimits
+}
+
+var defaultLimits = limits{chunk: 4096, stride: 16 << 10, layers: 32, tree: treeLimits{entries: 20_000, packs: 1_024, frames: 1 << 18, bytes: 8 << 20}}
 
 // A Source is a file that is being read, by several goroutines.
 //
@@ -152,6 +164,9 @@ func (r *Repo) Begin(ctx context.Context, w Writing) (*Writer, error) {
 	if w.PackSize == 0 {
 		w.PackSize = 16 << 20
 	}
+	if w.limits == (limits{}) {
+		w.limits = defaultLimits
+	}
 	wr := &Writer{repo: r, opt: w, feet: newFooters(r, feetMemory), free: make(chan *bytes.Buffer, w.Readers+w.Senders),
 		packs: make(map[string]bool), uses: make(map[ID]bool)}
 	if wr.to.data, err = r.data(); err != nil {
@@ -197,7 +212,7 @@ func (w *Writer) Add(ctx context.Context, files iter.Seq2[File, error]) error {
 	if w.done != nil {
 		return nil
 	}
-	l := lister{cursor: w.prior.cursor(w.batch), attempts: newAttemptsInOrder(w.attempts)}
+	l := lister{chunk: w.opt.limits.chunk, cursor: w.prior.cursor(w.batch), attempts: newAttemptsInOrder(w.attempts)}
 	defer l.cursor.close()
 	var stop func()
 	l.next, stop = iter.Pull2(files)
@@ -248,6 +263,7 @@ func (w *Writer) Close() {
 
 // A lister brings files in path order together with what is stored of them.
 type lister struct {
+	chunk    int64 // blocks
 	next     func() (File, error, bool)
 	cursor   *cursor
 	attempts *attemptsInOrder
@@ -316,7 +332,7 @@ func (l *lister) file(ctx context.Context) (*filing, error) {
 		return f, nil
 	}
 	pf := f.packFile()
-	f.chunks = max(1, int((pf.count()+chunkBlocks-1)/chunkBlocks))
+	f.chunks = max(1, int((pf.count()+l.chunk-1)/l.chunk))
 	f.left = f.chunks
 	for _, a := range l.attempts.at(file.Path) {
 		f.held = append(f.held, heldLayer{order: len(f.held), pack: &a.pack, size: 1 << 62, own: true})
@@ -338,7 +354,7 @@ func (w *Writer) stride(ctx context.Context, l *lister) (stride []*filing, err e
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		defer close(chunks)
-		for weight := 0; weight < strideFiles; {
+		for weight := 0; weight < w.opt.limits.stride; {
 			f, err := l.file(ctx)
 			if f == nil || err != nil {
 				return err
@@ -346,10 +362,10 @@ func (w *Writer) stride(ctx context.Context, l *lister) (stride []*filing, err e
 			stride = append(stride, f)
 			weight += 1 + chunkWeight*f.chunks
 			w.total.Add(f.file.Size)
-			count := f.packFile().count()
+			count, size := f.packFile().count(), w.opt.limits.chunk
 			for n := range int64(f.chunks) {
 				select {
-				case chunks <- chunk{f, n * chunkBlocks, min(chunkBlocks, count-n*chunkBlocks)}:
+				case chunks <- chunk{f, n * size, min(size, count-n*size)}:
 				case <-ctx.Done():
 					return ctx.Err()
 				}
@@ -433,7 +449,7 @@ func (w *Writer) enter(ctx context.Context, f *filing) error {
 	if w.opt.Stored != nil {
 		w.opt.Stored(e)
 	}
-	if w.tree.full() {
+	if w.tree.full(w.opt.limits.tree) {
 		return w.writePart(ctx)
 	}
 	return nil
