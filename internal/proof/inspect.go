@@ -1,0 +1,399 @@
+package proof
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"golang.org/x/sync/errgroup"
+)
+
+// inspect checks what is in the open cluster, one database after another and in
+// each several tables at a time.
+func (t Test) inspect(ctx context.Context, r *Report) {
+	in := inspection{Test: t, report: r, checks: make(map[string]*Check)}
+	for _, name := range []string{CheckCollations, CheckHeap, CheckBTree, CheckRead, CheckRows, CheckAssertions} {
+		in.checks[name] = &Check{Name: name, Verdict: Passed}
+		if !t.wants(name) {
+			in.skip(name, "it was not asked for")
+		}
+	}
+	databases, err := in.databases(ctx)
+	if err != nil {
+		r.Checks = append(r.Checks, failed(CheckOpen, err))
+		return
+	}
+	for _, db := range databases {
+		t.tell("checking database %s", db)
+		in.database(ctx, db)
+	}
+	in.compareRows()
+	in.assert(ctx)
+	for _, name := range []string{CheckCollations, CheckHeap, CheckBTree, CheckRead, CheckRows, CheckAssertions} {
+		r.Checks = append(r.Checks, in.checks[name].done())
+	}
+}
+
+// An inspection is what several goroutines come to know of one cluster.
+type inspection struct {
+	Test
+	mu     sync.Mutex
+	report *Report
+	checks map[string]*Check
+	counts map[string]map[string]int64 // rows, by database and table
+	major  int
+}
+
+// update changes what is known of a check.
+func (in *inspection) update(name string, change func(c *Check)) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if c := in.checks[name]; c.Verdict != Skipped {
+		change(c)
+	}
+}
+
+func (in *inspection) skip(name, why string) {
+	in.checks[name].Verdict, in.checks[name].Message = Skipped, why
+}
+
+// looked records that a thing was checked, and what is wrong with it.
+func (in *inspection) looked(name, what string, begun time.Time, errs ...error) {
+	in.update(name, func(c *Check) {
+		c.Items++
+		c.Seconds += time.Since(begun).Seconds()
+		bad := slices.DeleteFunc(slices.Clone(errs), func(err error) bool { return err == nil })
+		if len(bad) == 0 {
+			return
+		}
+		c.Failed++
+		for _, err := range bad {
+			c.note("%s: %s", what, describe(err))
+			c.Kind = cmp.Or(c.Kind, troubles(err))
+		}
+	})
+}
+
+// done gives a check its message.
+func (c *Check) done() Check {
+	if c.Verdict == Passed && c.Items == 0 {
+		c.Verdict, c.Message = Skipped, "there is nothing to look at"
+	}
+	if c.Verdict == Failed {
+		c.Message = map[string]string{
+			CheckCollations: "collations sort otherwise here than at the source: install the same version of the C library and of ICU, or rebuild indexes after a restore",
+			CheckHeap:       "tables are damaged",
+			CheckBTree:      "indexes are damaged, or do not fit their tables",
+			CheckRead:       "tables cannot be read",
+			CheckRows:       "tables do not have the rows that were counted at the source",
+			CheckAssertions: "assertions do not hold",
+		}[c.Name] + fmt.Sprintf(" (%d of %d)", c.Failed, c.Items)
+	}
+	return *c
+}
+
+// describe is an error of the server in one line, with its detail: the functions
+// that check tell there where they found it.
+func describe(err error) string {
+	pgErr, ok := errors.AsType[*pgconn.PgError](err)
+	if !ok {
+		return err.Error()
+	}
+	text := pgErr.Message
+	if pgErr.Detail != "" {
+		text += " (" + pgErr.Detail + ")"
+	}
+	if pgErr.Hint != "" && strings.Contains(pgErr.Message, "could not") {
+		text += " (" + pgErr.Hint + ")"
+	}
+	return strings.Join(strings.Fields(text), " ")
+}
+
+// databases lists those that take connections. template0 does not, and nor does
+// one whose DROP DATABASE was interrupted; their pages are checked all the same,
+// by their checksums.
+func (in *inspection) databases(ctx context.Context) (names []string, err error) {
+	conn, err := in.Sandbox.Connect(ctx, "template1")
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	if err := conn.QueryRow(ctx, "SELECT current_setting('server_version_num')::int / 10000").Scan(&in.major); err != nil {
+		return nil, err
+	}
+	err = conn.QueryRow(ctx, "SELECT count(*), sum(pg_database_size(oid))::bigint FROM pg_database").Scan(&in.report.Databases, &in.report.Bytes)
+	if err != nil {
+		// The files of one are not there; the tables in it will tell.
+		in.report.Databases, in.report.Bytes = 0, 0
+	}
+	rows, err := conn.Query(ctx, "SELECT datname::text FROM pg_database WHERE datallowconn AND datconnlimit <> -2 ORDER BY datname")
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, pgx.RowTo[string])
+}
+
+// A relation is a table or an index to check.
+type relation struct {
+	OID    uint32
+	Schema string
+	Name   string
+	Index  bool
+	Toast  bool
+	Pages  int64
+}
+
+func (r relation) String() string { return r.Schema + "." + r.Name }
+
+func (r relation) quoted() string { return pgx.Identifier{r.Schema, r.Name}.Sanitize() }
+
+// database checks all there is in one.
+func (in *inspection) database(ctx context.Context, db string) {
+	begun := time.Now()
+	conn, err := in.Sandbox.Connect(ctx, db)
+	if err != nil {
+		in.looked(CheckRead, "database "+db, begun, err)
+		return
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	in.collations(ctx, conn, db)
+	amcheck, err := in.amcheck(ctx, conn)
+	if err != nil {
+		for _, check := range []string{CheckHeap, CheckBTree} {
+			in.looked(check, "amcheck in database "+db, begun, fmt.Errorf("%w; install the contrib package of this PostgreSQL, or skip the check", err))
+		}
+	}
+	all, err := relations(ctx, conn)
+	if err != nil {
+		in.looked(CheckRead, "catalog of database "+db, begun, err)
+		return
+	}
+	in.mu.Lock()
+	for _, r := range all {
+		if r.Index {
+			in.report.Indexes++
+		} else if !r.Toast {
+			in.report.Tables++
+		}
+	}
+	in.mu.Unlock()
+
+	work := make(chan relation)
+	var group errgroup.Group
+	for range max(1, cmp.Or(in.Jobs, 2)) {
+		group.Go(func() error {
+			w := worker{inspection: in, db: db, amcheck: amcheck}
+			defer w.close(ctx)
+			for r := range work {
+				w.check(ctx, r)
+			}
+			return nil
+		})
+	}
+	for _, r := range all {
+		if ctx.Err() != nil {
+			break
+		}
+		work <- r
+	}
+	close(work)
+	group.Wait()
+}
+
+// amcheck returns the schema with the functions of the extension, which it
+// installs if need be.
+func (in *inspection) amcheck(ctx context.Context, conn *pgx.Conn) (schema string, err error) {
+	const where = "SELECT n.nspname::text FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'amcheck'"
+	err = conn.QueryRow(ctx, where).Scan(&schema)
+	if errors.Is(err, pgx.ErrNoRows) {
+		schema = "pgkeep_amcheck"
+		_, err = conn.Exec(ctx, "CREATE SCHEMA pgkeep_amcheck; CREATE EXTENSION amcheck SCHEMA pgkeep_amcheck", pgx.QueryExecModeSimpleProtocol)
+	} else if err == nil {
+		_, err = conn.Exec(ctx, "ALTER EXTENSION amcheck UPDATE")
+	}
+	return schema, err
+}
+
+// relations lists tables with rows of their own and B-tree indexes, the largest
+// first. Temporary ones are of sessions that have gone.
+func relations(ctx context.Context, conn *pgx.Conn) ([]relation, error) {
+	rows, err := conn.Query(ctx, `
+		SELECT c.oid, n.nspname::text, c.relname::text, c.relkind = 'i', c.relkind = 't', c.relpages::bigint
+		  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_am a ON a.oid = c.relam
+		 WHERE c.relpersistence <> 't' AND n.nspname <> 'pgkeep_amcheck'
+		   AND (c.relkind IN ('r', 'm', 't')
+		     OR c.relkind = 'i' AND a.amname = 'btree' AND (SELECT indisvalid AND indisready FROM pg_index WHERE indexrelid = c.oid))
+		 ORDER BY c.relpages DESC, c.oid`)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, pgx.RowToStructByPos[relation])
+}
+
+// A worker checks one relation after another in a session of its own.
+type worker struct {
+	*inspection
+	db      string
+	amcheck string // schema; "": there is none
+	conn    *pgx.Conn
+}
+
+func (w *worker) close(ctx context.Context) {
+	if w.conn != nil {
+		w.conn.Close(context.WithoutCancel(ctx))
+	}
+}
+
+func (w *worker) check(ctx context.Context, r relation) {
+	if w.conn == nil || w.conn.IsClosed() { // a damaged page may have killed the session, and all others
+		var err error
+		if w.conn, err = w.reconnect(ctx); err != nil {
+			w.looked(CheckRead, w.named(r), time.Now(), err)
+			return
+		}
+	}
+	if r.Index {
+		begun := time.Now()
+		if w.amcheck != "" && w.wants(CheckBTree) {
+			w.looked(CheckBTree, w.named(r), begun, w.btree(ctx, r))
+		}
+		return
+	}
+	if begun := time.Now(); !r.Toast && (w.wants(CheckRead) || w.Rows[w.db] != nil) {
+		w.looked(CheckRead, w.named(r), begun, w.read(ctx, r))
+	}
+	if begun := time.Now(); w.amcheck != "" && w.major >= 14 && w.wants(CheckHeap) {
+		w.looked(CheckHeap, w.named(r), begun, w.heap(ctx, r)...)
+	}
+}
+
+func (w *worker) named(r relation) string { return w.db + ": " + r.String() }
+
+// reconnect waits out a server that starts again after a crash.
+func (w *worker) reconnect(ctx context.Context) (conn *pgx.Conn, err error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for {
+		if conn, err = w.Sandbox.Connect(ctx, w.db); err == nil {
+			return conn, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+func (w *worker) function(name string) string { return pgx.Identifier{w.amcheck, name}.Sanitize() }
+
+// btree checks an index in itself, and that every row of the table is in it.
+func (w *worker) btree(ctx context.Context, r relation) error {
+	_, err := w.conn.Exec(ctx, "SELECT "+w.function("bt_index_check")+"($1::oid::regclass, true)", r.OID)
+	return err
+}
+
+// heap checks a table page by page, row by row.
+func (w *worker) heap(ctx context.Context, r relation) []error {
+	rows, err := w.conn.Query(ctx, "SELECT blkno, offnum, msg FROM "+w.function("verify_heapam")+"($1::oid::regclass, check_toast => true) LIMIT 1000", r.OID)
+	if err != nil {
+		return []error{err}
+	}
+	var found []error
+	var block, offset *int64
+	var message string
+	_, err = pgx.ForEachRow(rows, []any{&block, &offset, &message}, func() error {
+		if len(found) < maxFindings {
+			found = append(found, fmt.Errorf("block %s, line %s: %s", show(block), show(offset), message))
+		}
+		return nil
+	})
+	if err != nil {
+		found = append(found, err)
+	}
+	return found
+}
+
+func show(n *int64) string {
+	if n == nil {
+		return "?"
+	}
+	return fmt.Sprint(*n)
+}
+
+// read has the server put together every row, long values too, and counts them.
+func (w *worker) read(ctx context.Context, r relation) error {
+	tag, err := w.conn.PgConn().CopyTo(ctx, io.Discard, "COPY (SELECT * FROM ONLY "+r.quoted()+") TO STDOUT")
+	if err != nil {
+		return err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.report.Rows += tag.RowsAffected()
+	if w.counts == nil {
+		w.counts = make(map[string]map[string]int64)
+	}
+	if w.counts[w.db] == nil {
+		w.counts[w.db] = make(map[string]int64)
+	}
+	w.counts[w.db][r.String()] = tag.RowsAffected()
+	return nil
+}
+
+// compareRows compares what was read with what was counted at the source.
+func (in *inspection) compareRows() {
+	for db, tables := range in.Rows {
+		for table, want := range tables {
+			in.update(CheckRows, func(c *Check) {
+				c.Items++
+				switch got, ok := in.counts[db][table]; {
+				case !ok:
+					c.find("%s: %s was not read, and should have %d rows", db, table, want)
+				case got != want:
+					c.find("%s: %s has %d rows, and should have %d", db, table, got, want)
+				}
+			})
+		}
+	}
+	slices.Sort(in.checks[CheckRows].Findings) // maps have no order
+}
+
+// collations compares the versions that indexes and databases were made with
+// and those that the libraries of this host have.
+func (in *inspection) collations(ctx context.Context, conn *pgx.Conn, db string) {
+	if !in.wants(CheckCollations) {
+		return
+	}
+	begun := time.Now()
+	query := `
+		SELECT DISTINCT format('collation %s of indexes', c.oid::regcollation), c.collversion, coalesce(pg_collation_actual_version(c.oid), 'none')
+		  FROM pg_index i CROSS JOIN LATERAL unnest(i.indcollation) u(oid) JOIN pg_collation c ON c.oid = u.oid
+		 WHERE c.collversion IS DISTINCT FROM pg_collation_actual_version(c.oid) AND c.collversion IS NOT NULL`
+	if in.major >= 15 {
+		query += `
+		UNION ALL
+		SELECT format('the collation of the database, %s', datcollate), datcollversion, coalesce(pg_database_collation_actual_version(oid), 'none')
+		  FROM pg_database WHERE datname = current_database() AND datcollversion IS NOT NULL
+		   AND datcollversion IS DISTINCT FROM pg_database_collation_actual_version(oid)`
+	}
+	rows, err := conn.Query(ctx, query)
+	if err != nil {
+		in.looked(CheckCollations, "database "+db, begun, err)
+		return
+	}
+	var errs []error
+	var what, had, has string
+	_, err = pgx.ForEachRow(rows, []any{&what, &had, &has}, func() error {
+		errs = append(errs, fmt.Errorf("%s: version %s at the source, %s here", what, had, has))
+		return nil
+	})
+	in.looked(CheckCollations, "database "+db, begun, append(errs, err)...)
+}

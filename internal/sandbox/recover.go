@@ -1,0 +1,238 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/pg"
+)
+
+// A Target is where replay ends. At most one field is set, beside Exclusive; the
+// zero Target is the end of the archive.
+type Target struct {
+	Time      time.Time `json:"time,omitzero"` // of commits
+	LSN       pg.LSN    `json:"lsn,omitzero"`
+	Name      string    `json:"name,omitempty"`      // of a restore point
+	Immediate bool      `json:"immediate,omitempty"` // as soon as the data is consistent
+	Exclusive bool      `json:"exclusive,omitempty"` // before what is exactly at Time or LSN
+}
+
+func (t Target) String() string {
+	switch {
+	case !t.Time.IsZero():
+		return t.Time.UTC().Format("2006-01-02 15:04:05.999999 UTC")
+	case t.LSN != 0:
+		return t.LSN.String()
+	case t.Name != "":
+		return "restore point " + strconv.Quote(t.Name)
+	case t.Immediate:
+		return "the end of the backup"
+	}
+	return "the end of the archive"
+}
+
+func (t Target) settings() map[string]string {
+	set := map[string]string{"recovery_target_action": "promote", "recovery_target_inclusive": strconv.FormatBool(!t.Exclusive)}
+	switch {
+	case !t.Time.IsZero():
+		set["recovery_target_time"] = t.Time.UTC().Format("2006-01-02 15:04:05.999999+00")
+	case t.LSN != 0:
+		set["recovery_target_lsn"] = t.LSN.String()
+	case t.Name != "":
+		set["recovery_target_name"] = t.Name
+	case t.Immediate:
+		set["recovery_target"] = "immediate"
+	}
+	return set
+}
+
+// A Recovery says how the data is brought to a moment.
+type Recovery struct {
+	// Command is the restore_command. It runs with a network, as the server's
+	// OS user, in Env.
+	Command string
+	Env     []string    // beside PATH, HOME, LC_ALL and TZ; "name=value"
+	Target  Target      // zero: the end of the archive
+	Follow  pg.Timeline // the timeline to end on; 0: the newest in the archive
+	// Limit is how long it may take. 0: as long as ctx.
+	Limit time.Duration
+	// Progress is told now and then what the server does, for example
+	// "recovering 000000010000000000000002". May be nil.
+	Progress func(doing string)
+}
+
+// Recovered is what a recovery did.
+type Recovered struct {
+	From       pg.LSN      // where replay began
+	LSN        pg.LSN      // where it ended, and the new timeline begins
+	Timeline   pg.Timeline // that was followed last
+	LastCommit time.Time   // the newest transaction that was replayed; zero: there was none
+	Segments   int         // fetched from the archive
+	Reason     string      // why it ended there, in PostgreSQL's words
+	Took       time.Duration
+	Control    Control // after it
+}
+
+// Recover replays the log up to the target and ends the server again, so that
+// the files are those of a cleanly stopped cluster. Meanwhile nobody can
+// connect, and no code of the source runs: the settings are ours, and there are
+// neither sessions nor background workers. That is why this part may have a
+// network, which the restore command needs.
+//
+// It runs with fsync, so that its time is the time a restore takes. It fails
+// with fail.RestoreFailed where PostgreSQL gives up; with fail.NoSpace; with
+// fail.Stalled when nothing moves, or the limit is over.
+func (s *Sandbox) Recover(ctx context.Context, r Recovery) (Recovered, error) {
+	done, err := s.recover(ctx, r)
+	if err != nil {
+		return done, fmt.Errorf("replay up to %v: %w", r.Target, err)
+	}
+	return done, nil
+}
+
+func (s *Sandbox) recover(ctx context.Context, r Recovery) (done Recovered, err error) {
+	if r.Command == "" {
+		return done, fmt.Errorf("there is no restore_command: %w", fail.BadConfig)
+	}
+	major, err := s.major()
+	if err != nil {
+		return done, err
+	}
+	before, err := s.Control(ctx)
+	if err != nil {
+		return done, err
+	}
+	set := s.settings(major, before)
+	set["fsync"] = "on"
+	set["restore_command"] = r.Command
+	set["recovery_target_timeline"] = "latest"
+	if r.Follow != 0 {
+		set["recovery_target_timeline"] = strconv.FormatUint(uint64(r.Follow), 10)
+	}
+	for name, value := range r.Target.settings() {
+		set[name] = value
+	}
+	if err := s.configure(set, "local all all reject\n"); err != nil {
+		return done, err
+	}
+	os.Remove(filepath.Join(s.Data(), "standby.signal"))
+	if err := s.write(filepath.Join(s.Data(), "recovery.signal"), ""); err != nil {
+		return done, err
+	}
+
+	limited := ctx
+	if r.Limit > 0 {
+		var cancel context.CancelFunc
+		limited, cancel = context.WithTimeout(ctx, r.Limit)
+		defer cancel()
+	}
+	begun := time.Now()
+	log, err := s.startServer(limited, false, r.Env, r.Progress)
+	done, perr := parseReplay(log)
+	done.Took = time.Since(begun)
+	switch {
+	case err == nil:
+	case ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded):
+		return done, fail.With(fail.Stalled, fmt.Errorf("not done within %v%s", r.Limit, strings.TrimPrefix(err.Error(), context.DeadlineExceeded.Error())))
+	case errors.Is(err, errEnded) && fail.KindOf(err) == fail.Unknown:
+		return done, fail.With(fail.RestoreFailed, err)
+	default:
+		return done, err
+	}
+	if err := s.Close(ctx); err != nil {
+		return done, err
+	}
+	if perr != nil {
+		return done, perr
+	}
+	if done.Control, err = s.Control(ctx); err != nil {
+		return done, err
+	}
+	return done, s.readFork(&done)
+}
+
+// parseReplay reads what a server logged of its recovery (StartupXLOG in
+// PostgreSQL's access/transam/xlog.c and xlogrecovery.c).
+func parseReplay(log string) (r Recovered, err error) {
+	for line := range strings.Lines(log) {
+		text, ok := strings.CutPrefix(strings.TrimSpace(line), "LOG:")
+		if !ok {
+			continue
+		}
+		text = strings.TrimSpace(text)
+		if at, ok := strings.CutPrefix(text, "redo starts at "); ok {
+			r.From, err = pg.ParseLSN(at)
+		} else if strings.HasPrefix(text, `restored log file "`) && !strings.Contains(text, ".history") {
+			r.Segments++
+		} else if at, ok := strings.CutPrefix(text, "last completed transaction was at log time "); ok {
+			r.LastCommit, err = time.Parse("2006-01-02 15:04:05.999999-07", at)
+			r.LastCommit = r.LastCommit.UTC()
+		} else if strings.HasPrefix(text, "recovery stopping ") {
+			r.Reason = text
+		}
+		if err != nil {
+			return r, fmt.Errorf("server log %.200q: %w", line, err)
+		}
+	}
+	return r, nil
+}
+
+// readFork reads where the recovered cluster left its old timeline, from the
+// history file that it wrote.
+func (s *Sandbox) readFork(r *Recovered) error {
+	now := r.Control.Timeline
+	b, err := os.ReadFile(filepath.Join(s.Data(), "pg_wal", pg.HistoryName(now).String()))
+	if err != nil {
+		return fmt.Errorf("where did recovery end: %w", err)
+	}
+	forks, err := pg.ParseHistory(now, string(b))
+	if err != nil {
+		return fmt.Errorf("where did recovery end: %w", err)
+	}
+	last := forks[len(forks)-1]
+	r.Timeline, r.LSN = last.Timeline, last.At
+	return nil
+}
+
+// Open starts the server for questions, without a network where that can be
+// done, and returns when it takes connections. The data must be at rest: after
+// Recover, or Create.
+func (s *Sandbox) Open(ctx context.Context) error {
+	if err := s.open(ctx); err != nil {
+		return fmt.Errorf("open the restored cluster: %w", err)
+	}
+	return nil
+}
+
+func (s *Sandbox) open(ctx context.Context) error {
+	if err := s.Close(ctx); err != nil {
+		return err
+	}
+	major, err := s.major()
+	if err != nil {
+		return err
+	}
+	c, err := s.Control(ctx)
+	if err != nil {
+		return err
+	}
+	if err := s.configure(s.settings(major, c), "local all all trust\n"); err != nil {
+		return err
+	}
+	// A server of one user knows no roles, and so needs none to let us in.
+	roles := "CREATE ROLE " + Superuser + "\n" +
+		"ALTER ROLE " + Superuser + " SUPERUSER LOGIN CONNECTION LIMIT -1 VALID UNTIL 'infinity'\n" +
+		"ALTER ROLE " + Superuser + " RESET ALL\n"
+	if out, err := s.run(ctx, roles, "postgres", "--single", "-D", s.Data(), "-c", "config_file="+s.confFile(), "template1"); err != nil {
+		return explain(out, err)
+	}
+	_, err = s.startServer(ctx, true, nil, nil)
+	return err
+}
