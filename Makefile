@@ -14,10 +14,13 @@ tool = $$(go -C tools tool -n $(1))
 export CGO_ENABLED = 0
 export GOFLAGS     := $(GOFLAGS) -trimpath
 
-.PHONY: help check test fuzz update demo bench build clean setup
+# Options of the program behind a target: make bench-wal ARGS='-replay 20'
+ARGS ?=
+
+.PHONY: help check test fuzz update demo bench bench-wal reliability build clean setup
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 check: ## what needs no service: format, vet, staticcheck, workflowcheck, tidy modules, no skipped test
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"
@@ -46,6 +49,14 @@ demo: setup ## back up, verify and restore a database on embedded parts, and sho
 
 bench: setup ## throughput and memory of an upload, against zstd -1 -T0
 	go run ./internal/bench
+
+bench-wal: setup ## archiving and fetching of WAL, against Debian's pgBackRest and against cp
+	@tools/setup pgbackrest
+	go run ./internal/benchwal $(ARGS)
+
+reliability: setup ## what damage to an archive does to a recovery, with pgkeep and with Debian's pgBackRest: docs/reliability.md
+	@tools/setup pgbackrest
+	go run ./internal/reliability -write docs/reliability.md $(ARGS)
 
 build: ## static programs in bin/
 	go build -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/pgkeep ./cmd/pgkeep-wal

@@ -2,6 +2,7 @@ package lab
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -47,6 +48,9 @@ type PostgresOptions struct {
 	// Password, if not empty, is the superuser's, and makes the server listen
 	// on a loopback port too, with scram-sha-256. The socket stays open to all.
 	Password string
+	// Patience is how long a server may take to start, which is long for one that
+	// recovers. 0: a minute.
+	Patience time.Duration
 }
 
 // Postgres is a running PostgreSQL server. Its superuser is postgres. It dies
@@ -287,7 +291,7 @@ func (p *Postgres) start(ctx context.Context) error {
 }
 
 func (p *Postgres) waitReady(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(p.opt.Patience, time.Minute))
 	defer cancel()
 	for {
 		conn, err := p.Connect(ctx, "postgres")

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 )
 
 // A ProxyMode says what a Proxy does with connections.
@@ -27,6 +28,9 @@ type Proxy struct {
 
 	// Sent and Received count the bytes passed on to the server and from it.
 	Sent, Received atomic.Int64
+	// Rate is how many bytes a second pass in each direction of a connection.
+	// 0: as many as come.
+	Rate atomic.Int64
 
 	target string
 	wg     sync.WaitGroup
@@ -143,7 +147,15 @@ func (p *Proxy) serve(client *net.TCPConn) {
 func (p *Proxy) pump(dst, src *net.TCPConn, count *atomic.Int64) {
 	buf := make([]byte, 64<<10)
 	for {
-		n, err := src.Read(buf)
+		rate := p.Rate.Load()
+		some := buf
+		if rate > 0 {
+			some = buf[:min(int64(len(buf)), max(1, rate/20))]
+		}
+		n, err := src.Read(some)
+		if rate > 0 {
+			time.Sleep(time.Duration(n) * time.Second / time.Duration(rate))
+		}
 		if werr := p.wait(); werr != nil {
 			return
 		}
