@@ -206,12 +206,17 @@ func (b *bench) push(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	level3, err := b.PgBackRest(ctx, "push-pgbackrest-3", pgdata, compare.Options{Level: 3})
+	if err != nil {
+		return err
+	}
 	cipher, err := b.PgBackRest(ctx, "push-pgbackrest-aes", pgdata, compare.Options{Encrypted: true})
 	if err != nil {
 		return err
 	}
 	arms := []*arm{{title: "pgkeep-wal push, `encryption: none`", Archiver: plain}, {title: "pgkeep-wal push, age", Archiver: sealed},
-		{title: "pgbackrest archive-push", Archiver: other}, {title: "pgbackrest archive-push, aes-256-cbc", Archiver: cipher}}
+		{title: "A: pgbackrest archive-push, zstd level 1", Archiver: other}, {title: "B: pgbackrest archive-push, zstd level 3, its default", Archiver: level3},
+		{title: "C: pgbackrest archive-push, zstd level 1, aes-256-cbc", Archiver: cipher}}
 	for i, s := range segments {
 		for j := range arms {
 			a := arms[(i+j)%len(arms)]
@@ -220,7 +225,7 @@ func (b *bench) push(ctx context.Context) error {
 			}
 		}
 	}
-	print(fmt.Sprintf("One segment at a time, %d of them", b.pairs), "ms for a segment", 1000, arms, arms[2], arms[3])
+	print(fmt.Sprintf("One segment at a time, %d of them", b.pairs), "ms for a segment", 1000, arms, arms[2], arms[3], arms[4])
 	r := arms[0].median() / arms[2].median()
 	b.want(r <= 0.6, "pushing takes %.2f of pgBackRest's time; at most 0.60", r)
 	b.want(max(arms[0].memory, arms[1].memory) <= 80<<20, "pushing takes %d MB", max(arms[0].memory, arms[1].memory)>>20)
@@ -263,8 +268,8 @@ func (a *arm) once(ctx context.Context, site *compare.Site, pgdata, segment stri
 // drain compares how fast a queue becomes empty.
 func (b *bench) drain(ctx context.Context) error {
 	segments := b.segments[len(b.segments)-b.queue:]
-	arms := []*arm{{title: "pgkeep-wal push, `encryption: none`"}, {title: "pgkeep-wal push, age"}, {title: "pgbackrest archive-push"},
-		{title: "pgbackrest archive-push, archive-async=y, process-max=2"}}
+	arms := []*arm{{title: "pgkeep-wal push, `encryption: none`"}, {title: "pgkeep-wal push, age"}, {title: "A: pgbackrest archive-push, zstd level 1"},
+		{title: "B: the same, archive-async=y, process-max=2"}}
 	for round := range b.rounds {
 		for j := range arms {
 			which := (round + j) % len(arms)
@@ -376,7 +381,7 @@ func (b *bench) fetch(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	arms := []*arm{{title: "pgkeep-wal fetch, age", Archiver: sealed}, {title: "cp from a local directory", Archiver: compare.Archiver{Restore: "cp " + local + "/%f %p"}}}
+	arms := []*arm{{title: "pgkeep-wal fetch, age", Archiver: sealed}, {title: "A: cp from a local directory", Archiver: compare.Archiver{Restore: "cp " + local + "/%f %p"}}}
 	if err := (&arm{title: "fill", Archiver: sealed}).empty(ctx, b.Site, pgdata, segments); err != nil {
 		return err
 	}
@@ -443,7 +448,7 @@ func (a *arm) recover(ctx context.Context, b *bench, last string) error {
 func print(title, unit string, scale float64, arms []*arm, to ...*arm) {
 	fmt.Printf("\n%s:\n\n| | %s, median | least | most | CPU | peak MB |", title, unit)
 	for _, t := range to {
-		fmt.Printf(" time, %s = 1 |", t.title)
+		fmt.Printf(" time, %.1s = 1 |", t.title)
 	}
 	fmt.Printf("\n| --- |%s\n", strings.Repeat(" ---: |", 5+len(to)))
 	for _, a := range arms {

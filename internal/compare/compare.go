@@ -146,6 +146,8 @@ type Options struct {
 	// Timeout is how long a call may take, for pgBackRest how long it waits for
 	// an answer. 0: a minute, which is the default of both.
 	Timeout time.Duration
+	// Level is that of pgBackRest's zstd. 0: 1, the least.
+	Level int
 	// Settings are further lines of pgBackRest's configuration.
 	Settings []string
 }
@@ -266,7 +268,7 @@ func (s *Site) PgBackRest(ctx context.Context, name, pgdata string, opt Options)
 		"repo1-s3-bucket=" + s.S3.Bucket, "repo1-s3-region=" + s.S3.Region, "repo1-s3-uri-style=path",
 		"repo1-s3-key=" + s.S3.AccessKeyID, "repo1-s3-key-secret=" + s.S3.SecretAccessKey,
 		"repo1-storage-ca-file=" + dir + "/ca.pem", "repo1-retention-full=9",
-		"compress-type=zst", "compress-level=1", "start-fast=y",
+		"compress-type=zst", fmt.Sprint("compress-level=", cmp.Or(opt.Level, 1)), "start-fast=y",
 		"lock-path=" + dir + "/lock", "spool-path=" + dir + "/spool",
 		"log-path=" + dir, "log-level-file=off", "log-level-console=warn"}
 	if opt.Timeout > 0 {
