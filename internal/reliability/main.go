@@ -28,12 +28,13 @@ import (
 
 func main() {
 	file := flag.String("write", "", "a file of which all below the mark is replaced by what is printed")
+	only := flag.String("only", "", "one of pgkeep, pgbackrest-aes, pgbackrest-plain, and nothing is written; empty: all")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	var printed bytes.Buffer
-	err := run(ctx, io.MultiWriter(os.Stdout, &printed))
-	if *file != "" && err == nil {
+	err := run(ctx, io.MultiWriter(os.Stdout, &printed), *only)
+	if *file != "" && *only == "" && err == nil {
 		err = write(*file, printed.String())
 	}
 	if err != nil {
@@ -81,7 +82,7 @@ type side struct {
 // middle is the segment that is damaged: it holds one of the rows.
 func (s *side) middle() string { return s.segments[rows/2] }
 
-func run(ctx context.Context, w io.Writer) (err error) {
+func run(ctx context.Context, w io.Writer, only string) (err error) {
 	site, err := compare.Open(ctx)
 	if err != nil {
 		return err
@@ -112,6 +113,9 @@ func run(ctx context.Context, w io.Writer) (err error) {
 		{"pgbackrest-aes", "pgBackRest, repo1-cipher-type=aes-256-cbc", pgBackRest, opt},
 		{"pgbackrest-plain", "pgBackRest, repo1-cipher-type=none", pgBackRest, plain},
 	} {
+		if only != "" && only != p.name {
+			continue
+		}
 		s := &side{Site: site, gate: g, name: p.name, title: p.title}
 		if err := p.prepare(ctx, s, p.opt); err != nil {
 			return err
