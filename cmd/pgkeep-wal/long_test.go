@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -21,8 +22,13 @@ import (
 // TestFiveHundredSegments archives what pgbench writes, compares each object
 // with its source, and restores by hand: a base backup, and restore_command.
 func TestFiveHundredSegments(t *testing.T) {
-	const many = 500
-	w := newWorld(t, 1)
+	for _, tt := range []struct{ segments, segmentMB int }{{500, 1}, {10, 16}} {
+		t.Run(fmt.Sprintf("%d MB", tt.segmentMB), func(t *testing.T) { thereAndBack(t, tt.segments, tt.segmentMB) })
+	}
+}
+
+func thereAndBack(t *testing.T, many, segmentMB int) {
+	w := newWorld(t, segmentMB)
 	ctx := t.Context()
 	if err := w.pg.Restart(ctx, map[string]string{"wal_keep_size": "4GB", "max_wal_size": "4GB"}); err != nil {
 		t.Fatal(err)
@@ -40,11 +46,12 @@ func TestFiveHundredSegments(t *testing.T) {
 		t.Fatalf("pg_basebackup: %v\n%s", err, out)
 	}
 	first := name(t, w.query(w.pg, "SELECT pg_walfile_name(redo_lsn) FROM pg_control_checkpoint()"))
-	from, err := first.Start(1 << 20)
+	from, err := first.Start(pg.SegmentSize(segmentMB) << 20)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for w.query(w.pg, "SELECT (pg_current_wal_lsn() - '"+from.String()+"' > "+"500 * 1048576)::text") != "true" {
+	enough := fmt.Sprintf("SELECT (pg_current_wal_lsn() - '%v' > %d::bigint << 20)::text", from, many*segmentMB)
+	for w.query(w.pg, enough) != "true" {
 		pgbench("-c", "4", "-j", "2", "-t", "1000")
 		if err := w.pg.Exec(ctx, "postgres", "CHECKPOINT"); err != nil { // whole pages are written again
 			t.Fatal(err)
