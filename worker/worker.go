@@ -18,6 +18,7 @@ import (
 	sdk "go.temporal.io/sdk/worker"
 
 	"github.com/pgkeep/pgkeep/activities"
+	"github.com/pgkeep/pgkeep/internal/audit"
 	"github.com/pgkeep/pgkeep/internal/backup"
 	"github.com/pgkeep/pgkeep/internal/store"
 	"github.com/pgkeep/pgkeep/workflows"
@@ -31,6 +32,7 @@ type Options struct {
 	Host      string
 	Logical   []*backup.Logical  // of the clusters of this host
 	Physical  []*backup.Physical // likewise
+	Audits    []*audit.Auditor   // likewise
 	Store     store.Store        // of the repository; nil: leftovers there are not looked for
 	Log       *slog.Logger
 
@@ -77,6 +79,11 @@ func Run(ctx context.Context, opt Options) error {
 		OnFatalError:                       fatal,
 	})
 	local.RegisterActivityWithOptions(h, activity.RegisterOptions{})
+	archives := &activities.WAL{Auditors: make(map[string]*audit.Auditor)}
+	for _, a := range opt.Audits {
+		archives.Auditors[a.Name] = a
+	}
+	local.RegisterActivityWithOptions(archives, activity.RegisterOptions{})
 
 	workers := []sdk.Worker{shared, local}
 	for i, w := range workers {

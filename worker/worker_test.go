@@ -16,6 +16,7 @@ import (
 	sdk "go.temporal.io/sdk/worker"
 
 	"github.com/pgkeep/pgkeep/activities"
+	"github.com/pgkeep/pgkeep/internal/audit"
 	"github.com/pgkeep/pgkeep/internal/backup"
 	"github.com/pgkeep/pgkeep/internal/cluster"
 	"github.com/pgkeep/pgkeep/internal/fail"
@@ -48,8 +49,13 @@ type rig struct {
 
 func setup(t *testing.T) *rig {
 	t.Helper()
+	return setupWith(t, lab.PostgresOptions{})
+}
+
+func setupWith(t *testing.T, opt lab.PostgresOptions) *rig {
+	t.Helper()
 	ctx := t.Context()
-	r := &rig{pg: lab.PostgresForTest(t, lab.PostgresOptions{}), temporal: lab.TemporalForTest(t)}
+	r := &rig{pg: lab.PostgresForTest(t, opt), temporal: lab.TemporalForTest(t)}
 	err := r.pg.Exec(ctx, "postgres", "CREATE DATABASE app")
 	if err == nil {
 		err = r.pg.Exec(ctx, "app", "CREATE TABLE t AS SELECT i, md5(i::text) AS m FROM generate_series(1, 20000) i")
@@ -71,7 +77,7 @@ func setup(t *testing.T) *rig {
 	operator, _ := age.GenerateX25519Identity()
 	a := repo.Access{Encrypted: true, Signer: signer, Identities: []age.Identity{operator}, Version: "test"}
 	a.Metadata, _ = age.GenerateX25519Identity()
-	st := new(store.Mem)
+	st := aged{new(store.Mem)}
 	if r.repo, _, err = repo.Init(ctx, st, a, []string{operator.Recipient().String()}, time.Now()); err != nil {
 		t.Fatal(err)
 	}
@@ -86,7 +92,7 @@ func (r *rig) serve(t *testing.T, grace time.Duration) (stop func()) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	done := make(chan error, 1)
 	go func() {
-		done <- worker.Run(ctx, worker.Options{Client: r.client, Namespace: r.temporal.Namespace, Host: "db1", Logical: []*backup.Logical{r.logical}, Log: r.logical.Log, Grace: grace})
+		done <- worker.Run(ctx, worker.Options{Client: r.client, Namespace: r.temporal.Namespace, Host: "db1", Logical: []*backup.Logical{r.logical}, Audits: []*audit.Auditor{{Name: "main", Cluster: r.logical.Cluster, Open: r.logical.Open}}, Log: r.logical.Log, Grace: grace})
 	}()
 	stopped := false
 	stop = func() {

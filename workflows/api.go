@@ -16,6 +16,7 @@ const (
 	ScheduledName      = "pgkeep.Scheduled"
 	LogicalBackupName  = "pgkeep.LogicalBackup"
 	PhysicalBackupName = "pgkeep.PhysicalBackup"
+	WALAuditName       = "pgkeep.WALAudit"
 )
 
 // TypePrefix begins the name of every workflow type of pgkeep.
@@ -26,6 +27,9 @@ const (
 	Logical  = "logical"
 	Physical = "physical"
 )
+
+// KindWALAudit is the kind of a schedule that audits the archive of WAL.
+const KindWALAudit = "wal-audit"
 
 // BackupWorkflowID is the one workflow id under which backups of that kind of
 // that cluster run. Temporal runs at most one workflow of an id at a time: this

@@ -137,11 +137,16 @@ type board struct {
 }
 
 func newBoard(ctx workflow.Context, title, id string) *board {
-	b := &board{title: title, id: id}
+	b := &board{title: title}
+	if id != "" {
+		b.id = " `" + id + "`"
+	}
 	// Whoever started this set an attribute only if the server knows them; an
 	// unknown one would stop the workflow.
 	b.searchable = workflow.GetTypedSearchAttributes(ctx).ContainsKey(PgkeepCluster)
-	b.upsert(ctx, PgkeepBackupID.ValueSet(id))
+	if id != "" {
+		b.upsert(ctx, PgkeepBackupID.ValueSet(id))
+	}
 	return b
 }
 
@@ -163,7 +168,7 @@ func (b *board) stage(ctx workflow.Context, name string) {
 func (b *board) row(what, is string) { b.rows = append(b.rows, "| "+what+" | "+is+" |") }
 
 func (b *board) show(ctx workflow.Context) {
-	workflow.SetCurrentDetails(ctx, fmt.Sprintf("**%s** `%s`\n\n| | |\n|---|---|\n| Stage | %s |\n%s\n", b.title, b.id, b.now, strings.Join(b.rows, "\n")))
+	workflow.SetCurrentDetails(ctx, fmt.Sprintf("**%s**%s\n\n| | |\n|---|---|\n| Stage | %s |\n%s\n", b.title, b.id, b.now, strings.Join(b.rows, "\n")))
 }
 
 // end notes how it came out, and gives a cancellation its kind.

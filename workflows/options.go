@@ -23,6 +23,15 @@ func quick(host, summary string) workflow.ActivityOptions {
 	}
 }
 
+// few is for requests that may be many: to list an archive of years, to store
+// what is missing in it. A schedule does all of it again soon.
+func few(host, summary string) workflow.ActivityOptions {
+	opt := quick(host, summary)
+	opt.StartToCloseTimeout, opt.ScheduleToCloseTimeout = 20*time.Minute, time.Hour
+	opt.RetryPolicy.MaximumAttempts = 5
+	return opt
+}
+
 // patient is for small work near the end of a backup: hours of it are not thrown
 // away because a server is restarted.
 func patient(host, summary string) workflow.ActivityOptions {

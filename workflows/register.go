@@ -12,4 +12,5 @@ func Register(r Registry) {
 	r.RegisterWorkflowWithOptions(Scheduled, workflow.RegisterOptions{Name: ScheduledName})
 	r.RegisterWorkflowWithOptions(LogicalBackup, workflow.RegisterOptions{Name: LogicalBackupName})
 	r.RegisterWorkflowWithOptions(PhysicalBackup, workflow.RegisterOptions{Name: PhysicalBackupName})
+	r.RegisterWorkflowWithOptions(WALAudit, workflow.RegisterOptions{Name: WALAuditName})
 }

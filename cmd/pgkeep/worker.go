@@ -8,6 +8,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/pgkeep/pgkeep/internal/audit"
 	"github.com/pgkeep/pgkeep/internal/backup"
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
@@ -54,6 +55,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 	}
 	var logical []*backup.Logical
 	var physical []*backup.Physical
+	var audits []*audit.Auditor
 	for _, name := range slices.Sorted(maps.Keys(cfg.Clusters)) {
 		if host := cfg.Clusters[name].Host; host != "" && host != cfg.Host {
 			continue
@@ -67,6 +69,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 			return err
 		}
 		logical, physical = append(logical, l), append(physical, p)
+		audits = append(audits, &audit.Auditor{Name: l.Name, Cluster: l.Cluster, Open: l.Open})
 	}
 	if len(logical) == 0 {
 		return config.Errorf("no cluster of host %s in the configuration: nothing to serve", cfg.Host)
@@ -76,7 +79,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 		return err
 	}
 	defer s.Close()
-	return worker.Run(ctx, worker.Options{Client: s.Client, Namespace: s.namespace, Host: string(cfg.Host), Logical: logical, Physical: physical, Store: st, Log: log, Grace: grace})
+	return worker.Run(ctx, worker.Options{Client: s.Client, Namespace: s.namespace, Host: string(cfg.Host), Logical: logical, Physical: physical, Audits: audits, Store: st, Log: log, Grace: grace})
 }
 
 // temporalAtLast connects to the server, and waits for it as long as it takes:

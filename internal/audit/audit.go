@@ -68,8 +68,10 @@ func basesOf(a repo.Archive, backups []repo.Listed) (bases []Base, whole bool) {
 		switch {
 		case b.Err != nil:
 			whole = false
-		case !b.Unfinished && b.Kind == repo.Physical && b.System == a.System && b.Version.Major() == a.Major:
-			bases = append(bases, Base{string(b.ID), b.LSN.Timeline, b.LSN.Before, b.LSN.After, b.FinishedAt})
+		case b.Unfinished || b.Physical == nil || b.System != a.System || b.Version.Major() != a.Major:
+		default:
+			p := b.Physical
+			bases = append(bases, Base{string(b.ID), p.StopTimeline, p.Start, p.Stop, b.FinishedAt})
 		}
 	}
 	return bases, whole

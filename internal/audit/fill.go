@@ -2,7 +2,9 @@ package audit
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 
 	"github.com/pgkeep/pgkeep/internal/cluster"
@@ -23,7 +25,7 @@ func Fill(ctx context.Context, r *repo.Repo, name string, at cluster.Cluster, fo
 		return wal.Filled{}, fail.Hint(fmt.Errorf("where the data directory is, PostgreSQL does not say: %w", fail.PGDenied),
 			"grant the role pg_read_all_settings")
 	}
-	return wal.Fill(ctx, r, name, f.DataDirectory, func(n pg.WALName) bool {
+	done, err := wal.Fill(ctx, r, name, f.DataDirectory, func(n pg.WALName) bool {
 		start, err := n.Start(f.SegmentSize)
 		for _, rep := range found {
 			if err != nil || rep.System != f.System || rep.Major != f.Version.Major() {
@@ -35,4 +37,8 @@ func Fill(ctx context.Context, r *repo.Repo, name string, at cluster.Cluster, fo
 		}
 		return false
 	})
+	if errors.Is(err, fs.ErrPermission) {
+		err = fail.Hint(fail.With(fail.PGDenied, err), "only the OS user that runs PostgreSQL may read its data directory: run this, or the worker, as that user")
+	}
+	return done, err
 }

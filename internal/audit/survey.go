@@ -17,6 +17,9 @@ type Odd struct {
 	Why string `json:"why"`
 }
 
+// maxOdd is how many odd objects a survey tells of.
+const maxOdd = 100
+
 // leap is how many segments that are known already are worth another request:
 // a request lists a thousand objects anyway.
 const leap = 1000
@@ -45,7 +48,7 @@ func Survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (Le
 			if err != nil {
 				return l, odd, err
 			}
-			if why != "" {
+			if why != "" && len(odd) < maxOdd {
 				odd = append(odd, Odd{o.Key, why})
 			}
 		}

@@ -31,7 +31,7 @@ type Config struct {
 	Log Log `yaml:"log"`
 	// The PostgreSQL clusters to back up, by name. The name stands in object keys and workflow ids: lower-case letters, digits, `_` and `-`, at most 63 bytes.
 	Clusters map[Name]Cluster `yaml:"clusters"`
-	// The backups that Temporal starts by itself; `pgkeep schedule apply` makes the server follow this list. At most one for each cluster and kind.
+	// What Temporal starts by itself; `pgkeep schedule apply` makes the server follow this list. At most one for each cluster and kind.
 	Schedules []Schedule `yaml:"schedules"`
 
 	file    string
@@ -156,11 +156,11 @@ type Physical struct {
 	WALWait time.Duration `yaml:"wal_wait" default:"1h"`
 }
 
-// Schedule is one backup that Temporal starts at certain times.
+// Schedule is one thing that Temporal starts at certain times.
 type Schedule struct {
-	// The cluster to back up, one of `clusters`.
+	// One of `clusters`.
 	Cluster Name `yaml:"cluster" required:"true"`
-	// The kind of backup: `physical` or `logical`.
+	// What to start: a `physical` or a `logical` backup; or `wal-audit`, which looks for holes in the archive of the write-ahead log, fills those it can, and fails if one is left or archiving has stopped.
 	Kind Kind `yaml:"kind" default:"logical"`
 	// When to start, as five fields: minute, hour, day of month, month, day of week. If both days are restricted, both must match. Or `@hourly`, `@daily`, `@weekly`, `@monthly`, `@every 6h`.
 	Cron Cron `yaml:"cron" required:"true"`

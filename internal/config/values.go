@@ -212,16 +212,17 @@ func (p *PathStyle) UnmarshalText(b []byte) error {
 	return oneOf(p, b, PathStyleAuto, PathStyleAlways, PathStyleNever)
 }
 
-// A Kind is a kind of backup.
+// A Kind is what a schedule starts: a kind of backup, or an audit of the archive.
 type Kind string
 
 // The kinds there are: made with pg_dump, or from the files of the cluster.
 const (
 	KindLogical  Kind = "logical"
 	KindPhysical Kind = "physical"
+	KindWALAudit Kind = "wal-audit" // is the archive of the write-ahead log whole?
 )
 
-func (k *Kind) UnmarshalText(b []byte) error { return oneOf(k, b, KindLogical, KindPhysical) }
+func (k *Kind) UnmarshalText(b []byte) error { return oneOf(k, b, KindLogical, KindPhysical, KindWALAudit) }
 
 // Bytes is an amount of data, as 64kB, 100MB or 2GB, in powers of 1024 as
 // PostgreSQL counts. It is never negative.

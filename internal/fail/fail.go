@@ -86,7 +86,7 @@ var kinds = map[Kind]row{
 	PGDown:         {exit: 30, retry: true, means: "PostgreSQL does not answer, or went away in the middle", hint: "is PostgreSQL running, and is the conninfo of the cluster right?"},
 	PGDenied:       {exit: 31, means: "PostgreSQL refuses the login, or a right is missing", hint: "check pg_hba.conf, the password file and the rights of the backup role"},
 	PGVersion:      {exit: 32, means: "the client programs are missing, or older than the server", hint: "install the client programs of the server's major version, or name their directory as bin_dir"},
-	NotArchiving:   {exit: 33, means: "PostgreSQL has segments to archive, and they wait for too long", hint: "the server's log says what archive_command ran into; until it works, pg_wal grows"},
+	NotArchiving:   {exit: 25, means: "PostgreSQL has segments to archive, and they wait for too long", hint: "the server's log says what archive_command ran into; until it works, pg_wal grows"},
 	NoSpace:        {exit: 34, means: "the disk is full, or too small for what is to come", hint: "free space, or put spool on a larger file system"},
 	ClockSkew:      {exit: 35, means: "the clocks of this host and of the object store are too far apart", hint: "set the clock of this host, with chrony or systemd-timesyncd"},
 	Stalled:        {exit: 36, retry: true, means: "a child process made no progress for too long and was ended", hint: "look for lock waits in pg_stat_activity, and at the load of the server"},

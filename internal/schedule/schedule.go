@@ -160,6 +160,10 @@ func (s Schedule) options() client.ScheduleOptions {
 		Memo:               map[string]any{memoHash: s.Hash(), memoCron: s.Cron},
 		StaticSummary:      fmt.Sprintf("scheduled %s backup of %s", s.Kind, s.Cluster),
 	}
+	if s.Kind == workflows.KindWALAudit { // it changes nothing that two could change at once
+		action.Workflow, action.Args = workflows.WALAuditName, []any{workflows.WALAuditRequest{Cluster: s.Cluster, Host: s.Host}}
+		action.StaticSummary = "scheduled audit of the WAL archive of " + s.Cluster
+	}
 	if s.Searchable {
 		action.TypedSearchAttributes = temporal.NewSearchAttributes(
 			workflows.PgkeepCluster.ValueSet(s.Cluster), workflows.PgkeepKind.ValueSet(s.Kind))
