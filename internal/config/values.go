@@ -222,7 +222,9 @@ const (
 	KindWALAudit Kind = "wal-audit" // is the archive of the write-ahead log whole?
 )
 
-func (k *Kind) UnmarshalText(b []byte) error { return oneOf(k, b, KindLogical, KindPhysical, KindWALAudit) }
+func (k *Kind) UnmarshalText(b []byte) error {
+	return oneOf(k, b, KindLogical, KindPhysical, KindWALAudit)
+}
 
 // Bytes is an amount of data, as 64kB, 100MB or 2GB, in powers of 1024 as
 // PostgreSQL counts. It is never negative.
