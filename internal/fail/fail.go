@@ -33,6 +33,8 @@ const (
 	Unsupported   Kind = "unsupported" // written by a newer pgkeep
 	NotEmpty      Kind = "not-empty"   // the restore target holds something already
 
+	Unreachable Kind = "unreachable" // the moment to restore to, from every backup there is
+
 	AlreadyRunning Kind = "already-running"
 
 	StoreDown   Kind = "store-down"
@@ -79,6 +81,7 @@ var kinds = map[Kind]row{
 	NotEmpty:       {exit: 18, means: "the place to restore into holds something already", hint: "restore under another name with --to, or allow it with --into-existing"},
 	AlreadyRunning: {exit: 19, means: "another backup of this cluster is running", hint: "pgkeep ps shows the run; wait for it, or stop it with pgkeep cancel"},
 	PageDamage:     {exit: 24, means: "pages of the cluster itself have wrong checksums: the disk, not the backup, is damaged", hint: "pgkeep show names the files and blocks; keep the last clean backup, and look at the disk"},
+	Unreachable:    {exit: 26, means: "the moment to restore to cannot be reached from any backup", hint: "the message names the nearest moments that can be; pgkeep windows shows them all"},
 	StoreDown:      {exit: 20, retry: true, means: "the object store does not answer, or says that it is overloaded", hint: "pgkeep keeps trying; check the endpoint, its name in DNS and its certificate"},
 	StoreDenied:    {exit: 21, means: "the object store refuses the credentials or the request", hint: "check the access key and what its policy allows on this bucket and prefix"},
 	StoreUnfit:     {exit: 22, means: "the object store lacks what objects that are never replaced need", hint: "pgkeep needs a store with conditional writes (If-None-Match) and strong reads after writes"},

@@ -1,0 +1,48 @@
+package audit
+
+import (
+	"iter"
+	"slices"
+
+	"github.com/pgkeep/pgkeep/internal/pg"
+)
+
+// Reach follows the log from b along the way to timeline t, as far as all
+// segments are there. It is false if b is not on that way, or if what b itself
+// needs is not there.
+func (l Ledger) Reach(b Base, t pg.Timeline) (Window, bool) { return l.walk(b, l.path(t)) }
+
+// On reports whether timeline t, or one that it comes from, goes through the
+// whole of b.
+func (l Ledger) On(b Base, t pg.Timeline) bool { return on(l.path(t), b) }
+
+// Frontier is where the last segment on the way to timeline t ends, whether or
+// not all before it are there; zero if there is none.
+func (l Ledger) Frontier(t pg.Timeline) (to pg.LSN) {
+	for _, s := range l.path(t) {
+		for _, r := range l.clip(s) {
+			to = max(to, r.To)
+		}
+	}
+	return to
+}
+
+// Segments yields the files of w that hold its log from one position up to,
+// and without, another; both are kept within the window and what its base needs.
+func (w Window) Segments(size pg.SegmentSize, from, to pg.LSN) iter.Seq[pg.WALName] {
+	return func(yield func(pg.WALName) bool) {
+		at := max(from, w.Base.Start)
+		at -= at % pg.LSN(size)
+		for ; at < min(to, w.To); at += pg.LSN(size) {
+			i := slices.IndexFunc(w.stop, func(s stretch) bool { return at < s.to })
+			text, err := pg.SegmentName(w.stop[i].timeline, at, size)
+			if err != nil {
+				return // the size is valid: there are segments
+			}
+			name, err := pg.ParseWALName(text)
+			if err != nil || !yield(name) {
+				return
+			}
+		}
+	}
+}
