@@ -20,6 +20,7 @@ import (
 
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/wal"
 )
 
@@ -39,6 +40,8 @@ Options, after push, fetch or claim:
   --cluster NAME    one of the clusters in it, if there are several
   --pgdata DIR      data directory; PostgreSQL runs the commands there
   --timeout TIME    give up after that long (60s)
+  --expect SEGMENT  of fetch: the archive held the log up to there, so that no
+                    segment up to there is absent; pgkeep restore sets it
 
 Exit statuses: https://github.com/pgkeep/pgkeep/blob/main/docs/ERRORS.md
 `
@@ -116,6 +119,7 @@ type call struct {
 	name, path            string // name only of fetch
 	file, cluster, pgdata string
 	timeout               time.Duration
+	expect                pg.WALName // only of fetch; zero: nothing
 }
 
 func parse(args []string, out io.Writer) (c call, err error) {
@@ -133,6 +137,12 @@ func parse(args []string, out io.Writer) (c call, err error) {
 	f.StringVar(&c.cluster, "cluster", "", "")
 	f.StringVar(&c.pgdata, "pgdata", ".", "")
 	f.DurationVar(&c.timeout, "timeout", time.Minute, "")
+	if c.verb == fetch {
+		f.Func("expect", "", func(s string) (err error) {
+			c.expect, err = pg.ParseWALName(s)
+			return err
+		})
+	}
 	if err := f.Parse(args[2:]); errors.Is(err, flag.ErrHelp) {
 		io.WriteString(out, usage)
 		return c, err
@@ -214,6 +224,7 @@ func (c call) do(ctx context.Context, environ []string, out, errw io.Writer) err
 		return c.fetcher(cfg).Prefetch(ctx)
 	}
 	f := c.fetcher(cfg)
+	f.Expect = c.expect
 	f.Spawn = func() {
 		if err := c.keepAhead(environ); err != nil { // which is no failure of this fetch
 			fmt.Fprintf(errw, "pgkeep-wal: fetch ahead: %v\n", err)

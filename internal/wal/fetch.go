@@ -40,6 +40,9 @@ type Fetcher struct {
 	// HoleGrace is how long a missing segment is waited for once a later one is
 	// there. 0: not at all. Push archives several at a time, in any order.
 	HoleGrace time.Duration
+	// Expect, if not zero, is a segment that the archive is known to have held.
+	// It and those before it are never ErrAbsent.
+	Expect pg.WALName
 
 	// Ahead is how many segments Prefetch keeps ready. 0: none.
 	Ahead int
@@ -107,10 +110,22 @@ func (f Fetcher) attempt(ctx context.Context, n pg.WALName, path string) error {
 		return fmt.Errorf("fetch %v: %w", n, err)
 	}
 	if err := Fetch(ctx, r, f.Cluster, s, n.String(), path); err != nil {
+		if errors.Is(err, ErrAbsent) && f.expected(n) {
+			return fail.Hint(fmt.Errorf("fetch %v: it is missing, and when the restore was planned the archive held the log up to %v: %w", n, f.Expect, fail.Corrupt),
+				"what was deleted since? PostgreSQL must not open with fewer rows; plan the restore again, or bring the file back")
+		}
 		return err
 	}
 	f.keepAhead(ahead)
 	return nil
+}
+
+// expected reports whether the archive is known to have held a segment. On which
+// timeline does not matter: PostgreSQL asks for the newest that can have it, and
+// goes on to an older one only if that is absent.
+func (f Fetcher) expected(n pg.WALName) bool {
+	const timeline = 8 // digits
+	return n.Kind == pg.Segment && f.Expect.Kind == pg.Segment && n.Segment()[timeline:] <= f.Expect.Segment()[timeline:]
 }
 
 // patience decides whether what failed is tried again.
