@@ -1,0 +1,261 @@
+package restore
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/audit"
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/repo"
+)
+
+// Physical says what to restore of a cluster, and where.
+type Physical struct {
+	Repo    *repo.Repo
+	Cluster string
+	Backup  repo.ID // the only one to consider; "": the best there is
+	Target  Target
+	Action  Action // at the target; "": Pause
+	Standby bool   // it goes on following the archive: only for the latest moment
+
+	Dir string // the data directory to be
+	// Tablespaces says where to put them: by OID, or by path at the source,
+	// the path here. Others go where they were.
+	Tablespaces map[string]string
+	ConfigDir   string // receives configuration that stood outside of the data directory; "": it is left out
+	// Delta lets Dir hold a data directory of the same cluster, which is no
+	// longer needed: what is equal stays, everything else in it goes.
+	Delta bool
+	// Owner is "user" or "user:group", for root. "": the owner of Dir, or else
+	// of the directory it is in.
+	Owner string
+	// Fetch is the command with its arguments, without the file and the path,
+	// with which the server gets its log.
+	Fetch []string
+	// Takeover: it takes the place of its source, and keeps its settings for
+	// archiving, replication and subscriptions. Otherwise these are turned off.
+	Takeover bool
+
+	Readers  int                                   // packs read at a time; 0: 3
+	Progress func(stage string, done, total int64) // bytes; may be nil, and be called from several goroutines
+}
+
+// A PhysicalPlan is what a restore will do. Printing it is the dry run.
+type PhysicalPlan struct {
+	Backup   repo.Ref  `json:"backup"`
+	TakenAt  time.Time `json:"taken_at"` // when it was consistent, UTC
+	Version  string    `json:"version"`  // of PostgreSQL, which must run it
+	Damaged  int       `json:"damaged_blocks,omitempty"`
+	Target   Target    `json:"target"`
+	Timeline int64     `json:"timeline"` // along which to recover
+	Path     []int64   `json:"timelines"`
+	Stop     *Moment   `json:"stop,omitempty"` // the record that ends recovery
+	Last     *Moment   `json:"last_commit,omitempty"`
+	FirstWAL string    `json:"first_wal"`
+	LastWAL  string    `json:"last_wal"`
+	Segments int       `json:"segments"`
+	WALBytes int64     `json:"wal_bytes"`
+	Files    int       `json:"files"`
+	Bytes    int64     `json:"bytes"`
+	Stored   int64     `json:"stored"`
+
+	Dir         string            `json:"target_dir"`
+	State       DirState          `json:"state"`
+	Owner       string            `json:"owner,omitempty"` // "": who runs this
+	Tablespaces []TablespacePlace `json:"tablespaces,omitempty"`
+	Config      []string          `json:"config,omitempty"` // files of the configuration that stood elsewhere
+	Space       []Space           `json:"space"`
+	Notes       []string          `json:"notes,omitempty"`
+	Passed      []Passed          `json:"passed,omitempty"`
+
+	resolved Resolved
+	owner    owner
+	hasLabel bool
+}
+
+// A Moment is a record of the log.
+type Moment struct {
+	LSN  pg.LSN    `json:"lsn"`
+	Time time.Time `json:"time,omitzero"` // UTC
+	XID  uint32    `json:"xid,omitempty"`
+	Name string    `json:"name,omitempty"`
+}
+
+// A TablespacePlace says where a tablespace was, and where it will be.
+type TablespacePlace struct {
+	OID  string `json:"oid"`
+	From string `json:"from"`
+	To   string `json:"to"`
+}
+
+// Plan finds out whether the restore can be done, and refuses it before
+// anything is written: a target that cannot be reached, a directory that holds
+// something or belongs to a running server, too little space.
+func (p Physical) Plan(ctx context.Context) (PhysicalPlan, error) {
+	var plan PhysicalPlan
+	if err := p.check(); err != nil {
+		return plan, err
+	}
+	var err error
+	if plan.resolved, err = p.resolve(ctx); err != nil {
+		return plan, err
+	}
+	plan.describe(p)
+	if err := p.planFiles(ctx, &plan); err != nil {
+		return plan, err
+	}
+	return plan, p.planPlaces(&plan)
+}
+
+func (p *Physical) check() error {
+	bad := func(format string, args ...any) error {
+		return fmt.Errorf("restore: "+format+": %w", append(args, fail.BadConfig)...)
+	}
+	switch {
+	case !filepath.IsAbs(p.Dir) || filepath.Clean(p.Dir) == "/":
+		return bad("target directory %q: want an absolute path", p.Dir)
+	case len(p.Fetch) == 0 || !filepath.IsAbs(p.Fetch[0]):
+		return bad("restore_command %q: want an absolute path", p.Fetch)
+	case p.Standby && p.Target.Kind != Latest:
+		return bad("a standby follows the archive to its end; %v is not", p.Target)
+	}
+	for from, to := range p.Tablespaces {
+		if !filepath.IsAbs(to) {
+			return bad("tablespace %s=%s: want an absolute path", from, to)
+		}
+	}
+	p.Dir = filepath.Clean(p.Dir)
+	if p.Action == "" {
+		p.Action = Pause
+	}
+	return nil
+}
+
+// resolve asks the repository what Resolve needs to know.
+func (p Physical) resolve(ctx context.Context) (Resolved, error) {
+	backups, err := p.Repo.Backups(ctx, p.Cluster)
+	if err != nil {
+		return Resolved{}, err
+	}
+	archive := repo.Archive{Cluster: p.Cluster}
+	for _, b := range backups { // of the cluster's lives, the newest
+		if b.Physical != nil && b.Err == nil && (p.Backup == "" || b.ID == p.Backup) {
+			archive.System, archive.Major = b.System, b.Version.Major()
+		}
+	}
+	ledger := audit.Ledger{Archive: archive}
+	if archive.System != 0 {
+		if ledger, _, err = audit.Survey(ctx, p.Repo, archive, audit.Ledger{}); err != nil {
+			return Resolved{}, err
+		}
+	}
+	return Resolve(ctx, p.Target, p.Backup, backups, ledger, ScanArchive(p.Repo, ledger))
+}
+
+// describe fills in what follows from the resolved target.
+func (plan *PhysicalPlan) describe(p Physical) {
+	res := plan.resolved
+	m := res.Backup
+	plan.Backup, plan.TakenAt, plan.Version, plan.Damaged = m.Ref, m.Physical.StoppedAt.UTC(), m.Version.String(), m.Physical.Damaged
+	plan.Target, plan.Timeline = p.Target, int64(res.Timeline)
+	for _, t := range res.Window.Path {
+		plan.Path = append(plan.Path, int64(t))
+	}
+	show := func(r pg.WALRecord) *Moment {
+		if r.At == 0 {
+			return nil
+		}
+		return &Moment{r.At, r.Time, r.XID, r.Name}
+	}
+	plan.Stop, plan.Last = show(res.Stop), show(res.Last)
+	for n := range res.Window.Segments(res.segmentSize(), m.Physical.Start, max(res.Until, m.Physical.Stop)) {
+		if plan.Segments == 0 {
+			plan.FirstWAL = n.String()
+		}
+		plan.LastWAL = n.String()
+		plan.Segments++
+	}
+	plan.WALBytes = int64(plan.Segments) * int64(res.segmentSize())
+	plan.Files, plan.Bytes, plan.Stored, plan.Passed = m.Files, m.Bytes, m.Stored, res.Passed
+	plan.Dir = p.Dir
+}
+
+// planFiles looks through the list of files for what concerns the places.
+func (p Physical) planFiles(ctx context.Context, plan *PhysicalPlan) error {
+	m := plan.resolved.Backup
+	var control bool
+	need := make(map[string]int64) // by root
+	_, err := p.Repo.Read(ctx, m.ID, m.Content, repo.Reading{
+		Want: func(string) bool { return false },
+		Entries: func(e repo.Entry) error {
+			root, rest := split(e.Path)
+			need[root] += e.Size
+			switch {
+			case root == dataRoot && rest == controlFile:
+				control = true
+			case root == dataRoot && rest == labelFile:
+				plan.hasLabel = true
+			case root == dataRoot && e.Link != "":
+				oid, ok := strings.CutPrefix(rest, "pg_tblspc/")
+				if !ok || strings.Contains(oid, "/") {
+					return fmt.Errorf("backup %s holds the link %s: %w", m.ID, e.Path, fail.Corrupt)
+				}
+				plan.Tablespaces = append(plan.Tablespaces, TablespacePlace{OID: oid, From: e.Link, To: e.Link})
+			case strings.HasPrefix(root, configRoot) && !e.Dir:
+				plan.Config = append(plan.Config, rest)
+			}
+			return nil
+		},
+	})
+	switch {
+	case err != nil:
+		return err
+	case !control || !plan.hasLabel:
+		return fmt.Errorf("backup %s holds no pg_control or no backup_label: %w", m.ID, fail.Corrupt)
+	}
+	plan.Space = []Space{{Dir: p.Dir, Need: need[dataRoot]}}
+	for _, t := range plan.Tablespaces {
+		plan.Space = append(plan.Space, Space{Dir: t.OID, Need: need[spacesRoot+t.OID]}) // the place comes later
+		delete(need, spacesRoot+t.OID)
+	}
+	for root := range need {
+		if strings.HasPrefix(root, spacesRoot) {
+			return fmt.Errorf("backup %s holds %s, and no link to it: %w", m.ID, root, fail.Corrupt)
+		}
+	}
+	return p.mapTablespaces(plan)
+}
+
+// mapTablespaces finds the place of each tablespace.
+func (p Physical) mapTablespaces(plan *PhysicalPlan) error {
+	used := make(map[string]bool)
+	for i := range plan.Tablespaces {
+		t := &plan.Tablespaces[i]
+		for _, key := range []string{t.OID, t.From} {
+			if to, ok := p.Tablespaces[key]; ok {
+				t.To = filepath.Clean(to)
+				used[key] = true
+			}
+		}
+		plan.Space[i+1].Dir = t.To
+		if !filepath.IsAbs(t.To) {
+			return fail.Hint(fmt.Errorf("restore: tablespace %s was at %q: %w", t.OID, t.From, fail.BadConfig), "say where it goes: --tablespace-map "+t.OID+"=/some/directory")
+		}
+	}
+	for key := range p.Tablespaces {
+		if !used[key] {
+			var known []string
+			for _, t := range plan.Tablespaces {
+				known = append(known, t.OID+" at "+t.From)
+			}
+			slices.Sort(known)
+			return fail.Hint(fmt.Errorf("restore: the backup has no tablespace %q: %w", key, fail.BadConfig), "it has: "+strings.Join(known, ", "))
+		}
+	}
+	return nil
+}

@@ -1,0 +1,414 @@
+package restore
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"iter"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/audit"
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/repo"
+)
+
+// A Scan yields the records of a window, from the beginning of the segment that
+// holds from, up to the end of the one before to: those that recovery can be
+// told to stop at, or every one. It is an error if the log ends before that,
+// but for the last record, which may go on behind the window.
+type Scan func(ctx context.Context, w audit.Window, from, to pg.LSN, every bool) iter.Seq2[pg.WALRecord, error]
+
+// A Resolved says from which backup, and along which log, a target is reached.
+type Resolved struct {
+	Backup   repo.Manifest
+	Window   audit.Window // what the backup leads to on that timeline
+	Timeline pg.Timeline  // to recover along
+	// Until is where the log that is needed ends, as far as is known: it holds
+	// the record at which recovery stops. For the latest moment, that is all of it.
+	Until pg.LSN
+	Stop  pg.WALRecord // at which recovery stops; zero for Latest and Immediate
+	Last  pg.WALRecord // the last commit that will be there; zero: not known, or none since the backup
+	// Passed are backups that were not considered, newest first.
+	Passed []Passed
+}
+
+// Passed is a backup that cannot be used, and why.
+type Passed struct {
+	ID  repo.ID `json:"backup"`
+	Why string  `json:"why"`
+}
+
+// A candidate is a backup that can be used.
+type candidate struct {
+	repo.Manifest
+	reach    audit.Window
+	timeline pg.Timeline // to recover along
+}
+
+// Resolve chooses the newest backup that ended before the target, on the way to
+// the target's timeline, and shows that the log between them is there. It
+// decides from what it is given: the backups of a cluster, the ledger of the
+// archive they belong to, and what Scan finds in the log. named, if not empty, is
+// the only backup to consider; a damaged one is considered only so.
+//
+// A target that cannot be reached is fail.Unreachable, and the error names the
+// nearest moments that can be.
+func Resolve(ctx context.Context, t Target, named repo.ID, backups []repo.Listed, l audit.Ledger, scan Scan) (Resolved, error) {
+	if err := t.check(); err != nil {
+		return Resolved{}, err
+	}
+	rs := resolver{t: t, l: l, scan: scan}
+	if err := rs.candidates(named, backups); err != nil {
+		return Resolved{}, err
+	}
+	var res Resolved
+	var err error
+	switch t.Kind {
+	case Latest:
+		res, err = rs.latest(ctx)
+	case Immediate:
+		c := rs.usable[len(rs.usable)-1]
+		res = Resolved{Backup: c.Manifest, Window: c.reach, Until: c.Physical.Stop}
+	case ToTime:
+		res, err = rs.time(ctx)
+	case ToLSN:
+		res, err = rs.lsn(ctx)
+	case ToXID, ToName:
+		res, err = rs.search(ctx)
+	}
+	res.Passed = rs.passed
+	for _, c := range rs.usable {
+		if c.ID == res.Backup.ID {
+			res.Timeline = c.timeline
+		}
+	}
+	return res, err
+}
+
+type resolver struct {
+	t      Target
+	l      audit.Ledger
+	scan   Scan
+	usable []candidate // by the end of the backup, ascending
+	passed []Passed
+}
+
+// BaseOf is a physical backup as far as the log concerns it.
+func baseOf(m repo.Manifest) audit.Base {
+	p := m.Physical
+	return audit.Base{ID: string(m.ID), Timeline: p.Timeline, Start: p.Start, Stop: p.Stop, Finished: m.FinishedAt}
+}
+
+// candidates finds the backups that can be used at all, for the timeline that
+// is asked for.
+func (rs *resolver) candidates(named repo.ID, backups []repo.Listed) error {
+	pass := func(b repo.Listed, format string, args ...any) {
+		rs.passed = append(rs.passed, Passed{b.ID, fmt.Sprintf(format, args...)})
+	}
+	elsewhere, incomplete := false, false
+	for _, b := range slices.Backward(backups) {
+		switch {
+		case named != "" && b.ID != named, b.Unfinished:
+			continue
+		case b.Err != nil:
+			pass(b, "%v", b.Err)
+			continue
+		case b.Physical == nil:
+			continue
+		case b.System != rs.l.System || b.Version.Major() != rs.l.Major:
+			pass(b, "of another system: %v, PostgreSQL %d", b.System, b.Version.Major())
+			continue
+		case b.Physical.Damaged > 0 && named == "":
+			pass(b, "damaged: %d blocks in %d files were broken at the source; it is used only if it is named", b.Physical.Damaged, b.Physical.DamagedFiles)
+			continue
+		}
+		base, timeline := baseOf(b.Manifest), rs.timeline(b.Manifest)
+		reach, ok := rs.l.Reach(base, timeline)
+		switch {
+		case !rs.l.On(base, timeline):
+			elsewhere = true
+			pass(b, "not on the way to timeline %d", timeline)
+		case !ok:
+			incomplete = true
+			pass(b, "the log from its start to its end, %s to %s, is not all there", b.Physical.FirstWAL, b.Physical.LastWAL)
+		default:
+			rs.usable = append(rs.usable, candidate{b.Manifest, reach, timeline})
+		}
+	}
+	slices.SortFunc(rs.usable, func(a, b candidate) int {
+		return cmp.Or(cmp.Compare(a.Physical.Stop, b.Physical.Stop), strings.Compare(string(a.ID), string(b.ID)))
+	})
+	switch {
+	case len(rs.usable) > 0:
+		return nil
+	case elsewhere:
+		return fail.Hint(rs.unreachable("no backup is on the way to timeline %s", rs.t.Timeline), rs.ways(named, backups))
+	case incomplete:
+		return fmt.Errorf("restore %s: of no physical backup is the log complete: %s: %w", rs.t, rs.passed[0].Why, fail.WALHole)
+	case len(rs.passed) > 0:
+		return fmt.Errorf("restore %s: no physical backup can be used: %s: %s: %w", rs.t, rs.passed[0].ID, rs.passed[0].Why, fail.NoBackup)
+	}
+	return fmt.Errorf("restore %s: there is no physical backup: %w", rs.t, fail.NoBackup)
+}
+
+// timeline is the one to recover along from m.
+func (rs *resolver) timeline(m repo.Manifest) pg.Timeline {
+	switch {
+	case rs.t.Kind == Immediate || rs.t.Timeline == CurrentTimeline:
+		return cmp.Or(m.Physical.StopTimeline, m.Physical.Timeline)
+	case rs.t.Timeline != LatestTimeline:
+		return pg.Timeline(rs.t.Timeline)
+	}
+	newest := pg.Timeline(1)
+	for _, t := range rs.l.Timelines {
+		newest = max(newest, t.ID)
+	}
+	return newest
+}
+
+// ways says which timelines backups lead to.
+func (rs *resolver) ways(named repo.ID, backups []repo.Listed) string {
+	var ways []string
+	for _, t := range rs.l.Timelines {
+		for _, b := range backups {
+			if b.Physical != nil && b.Err == nil && (named == "" || b.ID == named) && rs.l.On(baseOf(b.Manifest), t.ID) {
+				ways = append(ways, fmt.Sprint(uint32(t.ID)))
+				break
+			}
+		}
+	}
+	if len(ways) == 0 {
+		return "no timeline of the archive comes from one that a backup was taken on; are history files missing?"
+	}
+	return "with --timeline, these can be reached: " + strings.Join(ways, ", ")
+}
+
+func (rs *resolver) unreachable(format string, args ...any) error {
+	return fmt.Errorf("restore %s: %s: %w", rs.t, fmt.Sprintf(format, args...), fail.Unreachable)
+}
+
+func moment(m repo.Manifest) string {
+	return fmt.Sprintf("%s (%v), the end of backup %s", instant(m.Physical.StoppedAt), m.Physical.Stop, m.ID)
+}
+
+// latest wants the newest backup from which the log goes on to its very end.
+func (rs *resolver) latest(ctx context.Context) (Resolved, error) {
+	c := rs.usable[len(rs.usable)-1]
+	if c.reach.To < rs.l.Frontier(c.timeline) {
+		last, err := rs.lastCommit(ctx, c, c.reach.To)
+		if err != nil {
+			return Resolved{}, err
+		}
+		return Resolved{}, rs.hole(c, last)
+	}
+	last, err := rs.lastCommit(ctx, c, c.reach.To)
+	return Resolved{Backup: c.Manifest, Window: c.reach, Until: c.reach.To, Last: last}, err
+}
+
+// hole is the error for a target behind the end of what c reaches.
+func (rs *resolver) hole(c candidate, last pg.WALRecord) error {
+	kind, what, next := fail.Unreachable, fmt.Sprintf("the archive ends at %v", c.reach.To), ""
+	if c.reach.To < rs.l.Frontier(c.timeline) {
+		kind, what = fail.WALHole, fmt.Sprintf("segments are missing in the archive from %v on", c.reach.To)
+	}
+	for _, later := range rs.usable {
+		if later.Physical.Stop > c.reach.To {
+			next = ", and after it " + moment(later.Manifest)
+			break
+		}
+	}
+	before := "the nearest moment before it that can be reached: " + moment(c.Manifest)
+	if last.At != 0 {
+		before = fmt.Sprintf("the last transaction before that was %d, committed at %s (%v); --to-xid %d reaches it", last.XID, instant(last.Time), last.At, last.XID)
+	}
+	return fail.Hint(fmt.Errorf("restore %s: %s: %w", rs.t, what, kind), before+next)
+}
+
+// tooEarly is the error for a target before the end of every backup.
+func (rs *resolver) tooEarly() error {
+	err := rs.unreachable("no backup that can be used ended before that")
+	hint := "the first moment that can be reached: " + moment(rs.usable[0].Manifest)
+	if n := len(rs.passed); n > 0 {
+		hint += fmt.Sprintf("; %d backups were passed by, such as %s: %s", n, rs.passed[n-1].ID, rs.passed[n-1].Why)
+	}
+	return fail.Hint(err, hint)
+}
+
+// before is the newest candidate that ended before the target.
+func (rs *resolver) before(ended func(candidate) bool) (candidate, bool) {
+	for _, c := range slices.Backward(rs.usable) {
+		if ended(c) {
+			return c, true
+		}
+	}
+	return candidate{}, false
+}
+
+func (rs *resolver) lsn(ctx context.Context) (Resolved, error) {
+	c, ok := rs.before(func(c candidate) bool { return c.Physical.Stop <= rs.t.LSN })
+	if !ok {
+		return Resolved{}, rs.tooEarly()
+	}
+	// Recovery stops at the first record that begins there or later.
+	for rec, err := range rs.scan(ctx, c.reach, rs.t.LSN, c.reach.To, true) {
+		if err != nil {
+			return Resolved{}, err
+		}
+		if rec.At >= rs.t.LSN {
+			return rs.stop(ctx, c, rec)
+		}
+	}
+	last, err := rs.lastCommit(ctx, c, c.reach.To)
+	if err != nil {
+		return Resolved{}, err
+	}
+	return Resolved{}, rs.hole(c, last)
+}
+
+// stop is the answer when recovery stops at rec: behind it, or before it.
+func (rs *resolver) stop(ctx context.Context, c candidate, rec pg.WALRecord) (res Resolved, err error) {
+	res = Resolved{Backup: c.Manifest, Window: c.reach, Until: rec.End, Stop: rec}
+	if rec.Kind == pg.Commit && !rs.t.Exclusive {
+		res.Last = rec
+		return res, nil
+	}
+	res.Last, err = rs.lastCommit(ctx, c, rec.At)
+	return res, err
+}
+
+// lastCommit looks for the last commit before a position, not far back.
+func (rs *resolver) lastCommit(ctx context.Context, c candidate, before pg.LSN) (last pg.WALRecord, err error) {
+	const far = 8
+	size := pg.LSN(rs.l.SegmentSize)
+	for to, n := before, 0; to > c.Physical.Stop && n < far && last.At == 0; n++ {
+		from := (to - 1) - (to-1)%size
+		for rec, err := range rs.scan(ctx, c.reach, from, from+2*size, false) { // a record may end in the next segment
+			if err != nil {
+				return last, err
+			}
+			if rec.At >= to {
+				break
+			}
+			if rec.Kind == pg.Commit && rec.At >= c.Physical.Stop {
+				last = rec
+			}
+		}
+		to = from
+	}
+	return last, nil
+}
+
+// time finds the first transaction that ended after the target, before which
+// recovery stops. Nothing in the log says when it was written but the ends of
+// transactions; so where to look is found by halving, and what is found there
+// is read through.
+func (rs *resolver) time(ctx context.Context) (Resolved, error) {
+	c, ok := rs.before(func(c candidate) bool { return !c.Physical.StoppedAt.After(rs.t.Time) })
+	if !ok {
+		return Resolved{}, rs.tooEarly()
+	}
+	size := pg.LSN(rs.l.SegmentSize)
+	first := c.Physical.Stop - c.Physical.Stop%size
+	count := int((c.reach.To - first + size - 1) / size)
+	lo, hi := 0, count // the first segment behind whose beginning a transaction ended too late is among these
+	for lo < hi {
+		n := lo + (hi-lo)/2
+		rec, found, err := rs.firstEnd(ctx, c, first+pg.LSN(n)*size)
+		if err != nil {
+			return Resolved{}, err
+		}
+		if found && !rs.late(rec.Time) {
+			lo = n + 1
+		} else {
+			hi = n
+		}
+	}
+	from := first + pg.LSN(max(0, lo-2))*size // one more, for what goes over its end
+	var last pg.WALRecord
+	for rec, err := range rs.scan(ctx, c.reach, from, c.reach.To, false) {
+		switch {
+		case err != nil:
+			return Resolved{}, err
+		case rec.At < c.Physical.Stop || rec.Kind != pg.Commit && rec.Kind != pg.Abort:
+		case rs.late(rec.Time):
+			return Resolved{Backup: c.Manifest, Window: c.reach, Until: rec.End, Stop: rec, Last: last}, nil
+		case rec.Kind == pg.Commit:
+			last = rec
+		}
+	}
+	if last.At == 0 {
+		var err error
+		if last, err = rs.lastCommit(ctx, c, c.reach.To); err != nil {
+			return Resolved{}, err
+		}
+	}
+	return Resolved{}, rs.hole(c, last)
+}
+
+// late reports whether a transaction that ended at that time ends recovery
+// before it (recoveryStopsBefore in access/transam/xlogrecovery.c).
+func (rs *resolver) late(at time.Time) bool {
+	return at.After(rs.t.Time) || rs.t.Exclusive && at.Equal(rs.t.Time)
+}
+
+// firstEnd is the first end of a transaction from a position on.
+func (rs *resolver) firstEnd(ctx context.Context, c candidate, from pg.LSN) (pg.WALRecord, bool, error) {
+	for rec, err := range rs.scan(ctx, c.reach, from, c.reach.To, false) {
+		if err != nil {
+			return rec, false, err
+		}
+		if (rec.Kind == pg.Commit || rec.Kind == pg.Abort) && rec.At >= max(from, c.Physical.Stop) {
+			return rec, true, nil
+		}
+	}
+	return pg.WALRecord{}, false, nil
+}
+
+// search reads the log for a transaction or a restore point, from the newest
+// backup to the oldest. Transactions have one end, so the first that is found
+// will do; names may be given twice, so all of the log is read.
+func (rs *resolver) search(ctx context.Context) (Resolved, error) {
+	type find struct {
+		candidate
+		rec pg.WALRecord
+	}
+	var found []find
+	to := ^pg.LSN(0)
+	for _, c := range slices.Backward(rs.usable) {
+		for rec, err := range rs.scan(ctx, c.reach, c.Physical.Stop, min(to, c.reach.To), false) {
+			if err != nil {
+				return Resolved{}, err
+			}
+			if rec.At < c.Physical.Stop || rec.At >= to {
+				continue
+			}
+			if rs.t.Kind == ToXID && rec.XID == rs.t.XID && (rec.Kind == pg.Commit || rec.Kind == pg.Abort) {
+				return rs.stop(ctx, c, rec)
+			}
+			if rs.t.Kind == ToName && rec.Kind == pg.RestorePoint && rec.Name == rs.t.Name {
+				found = append(found, find{c, rec})
+			}
+		}
+		to = c.Physical.Stop // at the end of a record
+	}
+	switch len(found) {
+	case 1:
+		return rs.stop(ctx, found[0].candidate, found[0].rec)
+	case 0:
+		oldest, newest := rs.usable[0], rs.usable[len(rs.usable)-1]
+		hint := fmt.Sprintf("searched from %s, to %v", moment(oldest.Manifest), newest.reach.To)
+		if rs.t.Kind == ToXID {
+			hint += "; a transaction that wrote nothing, or a subtransaction, has no end in the log"
+		}
+		return Resolved{}, fail.Hint(rs.unreachable("it is not in the log that can be reached"), hint)
+	}
+	var where []string
+	slices.SortFunc(found, func(a, b find) int { return cmp.Compare(a.rec.At, b.rec.At) })
+	for _, f := range found {
+		where = append(where, fmt.Sprintf("--to-lsn %v (%s)", f.rec.At, instant(f.rec.Time)))
+	}
+	return Resolved{}, fail.Hint(rs.unreachable("there are %d of that name", len(found)), "say which: "+strings.Join(where, ", "))
+}

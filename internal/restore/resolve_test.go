@@ -1,0 +1,370 @@
+package restore_test
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/audit"
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/restore"
+)
+
+var ctx = context.Background()
+
+const segment = pg.SegmentSize(1 << 20)
+
+// A past is a cluster that was backed up and archived, in memory: the records
+// of each timeline from its fork on, backups, and which segments are there.
+type past struct {
+	records map[pg.Timeline][]pg.WALRecord
+	ledger  audit.Ledger
+	backups []repo.Listed
+}
+
+var noon = time.Date(2026, 11, 22, 12, 0, 0, 0, time.UTC)
+
+// way is all the records on the way to a timeline.
+func (p past) way(t pg.Timeline) (all []pg.WALRecord) {
+	forks := []pg.Fork{}
+	for _, tl := range p.ledger.Timelines {
+		if tl.ID == t {
+			forks = tl.Forks
+		}
+	}
+	from := pg.LSN(0)
+	for _, f := range append(slices.Clone(forks), pg.Fork{Timeline: t, At: ^pg.LSN(0)}) {
+		for _, r := range p.records[f.Timeline] {
+			if r.At >= from && r.At < f.At {
+				all = append(all, r)
+			}
+		}
+		from = f.At
+	}
+	return all
+}
+
+// scan is the Scan of p; reads counts the segments it would have read.
+func (p past) scan(reads *int) restore.Scan {
+	return func(_ context.Context, w audit.Window, from, to pg.LSN, every bool) iter.Seq2[pg.WALRecord, error] {
+		return func(yield func(pg.WALRecord, error) bool) {
+			way := p.way(w.Path[len(w.Path)-1])
+			from -= from % pg.LSN(segment)
+			to = min(to+pg.LSN(segment)-1, w.To)
+			to -= to % pg.LSN(segment)
+			last := from - pg.LSN(segment)
+			for _, r := range way {
+				if r.At < from || r.End > to || r.Kind == 0 && !every {
+					continue
+				}
+				for ; last+pg.LSN(segment) <= r.At; last += pg.LSN(segment) {
+					*reads++
+				}
+				if !yield(r, nil) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// drawPast makes one, the same for the same seed.
+func drawPast(seed uint64) past {
+	rnd := rand.New(rand.NewPCG(seed, 1))
+	p := past{records: map[pg.Timeline][]pg.WALRecord{}, ledger: audit.Ledger{Archive: repo.Archive{Cluster: "main", System: 7, Major: 15}, SegmentSize: segment}}
+	at, xid, clock := pg.LSN(segment), uint32(700), noon
+	forks := []pg.Fork{}
+	for t := pg.Timeline(1); t <= pg.Timeline(1+rnd.IntN(3)); t++ {
+		begin, stretch := at, segmentsOf(rnd, 2, 14)
+		if t > 1 {
+			p.ledger.AddHistory(t, slices.Clone(forks), noon)
+		}
+		for at < begin+stretch {
+			rec := pg.WALRecord{At: at, End: at + pg.LSN(40+8*rnd.IntN(30_000))}
+			clock = clock.Add(time.Duration(rnd.IntN(3)) * time.Second) // some at the same time
+			switch k := rnd.IntN(10); {
+			case k < 4:
+				rec.Kind = pg.Commit
+			case k < 5:
+				rec.Kind = pg.Abort
+			case k < 6:
+				rec.Kind, rec.Name = pg.RestorePoint, fmt.Sprint("p", rnd.IntN(30))
+			}
+			if rec.Kind != 0 {
+				rec.Time = clock
+			}
+			if rec.Kind == pg.Commit || rec.Kind == pg.Abort {
+				xid++
+				rec.XID = xid
+			}
+			p.records[t] = append(p.records[t], rec)
+			at = rec.End
+			if rnd.IntN(25) == 0 { // a backup
+				stop := at + pg.LSN(8*rnd.IntN(30_000))
+				p.records[t] = append(p.records[t], pg.WALRecord{At: at, End: stop})
+				id := repo.NewID(clock, fmt.Sprintf("%08x", len(p.backups)))
+				m := repo.Manifest{Ref: repo.Ref{Cluster: "main", ID: id}, Kind: "physical", System: 7, Version: 150004, FinishedAt: clock}
+				m.Physical = &repo.PhysicalFacts{Start: rec.At, Stop: stop, Timeline: t, StopTimeline: t, StoppedAt: clock.Add(time.Second)}
+				clock = clock.Add(time.Second)
+				if rnd.IntN(8) == 0 {
+					m.Physical.Damaged = 1
+				}
+				at = stop
+				if stop < begin+stretch {
+					p.backups = append(p.backups, repo.Listed{Manifest: m})
+				}
+			}
+		}
+		for s := begin - begin%pg.LSN(segment); s+pg.LSN(segment) <= at; s += pg.LSN(segment) {
+			name, err := pg.SegmentName(t, s, segment)
+			if err != nil {
+				panic(err)
+			}
+			n, err := pg.ParseWALName(name)
+			if err == nil && rnd.IntN(25) > 0 {
+				err = p.ledger.Add(n, noon)
+			}
+			if err != nil {
+				panic(err)
+			}
+		}
+		if rnd.IntN(2) == 0 { // left in the middle of what it wrote
+			recs := p.records[t]
+			at = recs[len(recs)-1-rnd.IntN(len(recs)/3+1)].End
+		}
+		forks = append(forks, pg.Fork{Timeline: t, At: at})
+	}
+	return p
+}
+
+func segmentsOf(rnd *rand.Rand, low, top int) pg.LSN {
+	return pg.LSN(segment) * pg.LSN(low+rnd.IntN(top-low))
+}
+
+// drawTarget makes one that may or may not be reached.
+func (p past) drawTarget(rnd *rand.Rand) restore.Target {
+	newest := p.ledger.Timelines[len(p.ledger.Timelines)-1].ID
+	t := restore.Target{Timeline: restore.TargetTimeline(rnd.IntN(int(newest) + 1)), Exclusive: rnd.IntN(2) == 0}
+	any := p.records[pg.Timeline(1+rnd.IntN(int(newest)))]
+	rec := any[rnd.IntN(len(any))]
+	switch t.Kind = []restore.TargetKind{restore.Latest, restore.ToTime, restore.ToLSN, restore.ToXID, restore.ToName}[rnd.IntN(5)]; t.Kind {
+	case restore.Latest:
+		t.Exclusive = false
+	case restore.ToTime:
+		t.Time = noon.Add(time.Duration(rnd.IntN(900)) * time.Second)
+	case restore.ToLSN:
+		t.LSN = rec.At + pg.LSN(rnd.IntN(2)*8)
+	case restore.ToXID:
+		t.XID = 701 + uint32(rnd.IntN(400))
+	case restore.ToName:
+		t.Name, t.Exclusive = fmt.Sprint("p", rnd.IntN(30)), false
+	}
+	return t
+}
+
+// An answer is what there is to say of a target; the zero one is that it cannot
+// be reached.
+type answer struct {
+	backup repo.ID
+	stop   pg.LSN
+}
+
+// oracle tries every backup with every record.
+func (p past) oracle(t restore.Target) (best answer) {
+	timeline := p.ledger.Timelines[len(p.ledger.Timelines)-1].ID
+	if t.Timeline != 0 {
+		timeline = pg.Timeline(t.Timeline)
+	}
+	way := p.way(timeline)
+	named := map[pg.LSN]bool{}
+	backups := slices.Clone(p.backups) // by where they end, which is not always how they began
+	slices.SortFunc(backups, func(a, b repo.Listed) int {
+		return cmp.Or(cmp.Compare(a.Physical.Stop, b.Physical.Stop), strings.Compare(string(a.ID), string(b.ID)))
+	})
+	for _, b := range backups {
+		reach, ok := p.ledger.Reach(audit.Base{Timeline: b.Physical.Timeline, Start: b.Physical.Start, Stop: b.Physical.Stop}, timeline)
+		if !ok || b.Physical.Damaged > 0 {
+			continue
+		}
+		for _, r := range way {
+			if t.Kind == restore.ToName && r.At >= b.Physical.Stop && r.End <= reach.To && r.Name == t.Name {
+				named[r.At] = true
+			}
+		}
+		if t.Kind == restore.Latest {
+			if reach.To == p.ledger.Frontier(timeline) {
+				best = answer{b.ID, 0}
+			} else {
+				best = answer{}
+			}
+			continue
+		}
+		ended := t.Kind == restore.ToTime && !b.Physical.StoppedAt.After(t.Time) || t.Kind == restore.ToLSN && b.Physical.Stop <= t.LSN
+		if ended {
+			best = answer{} // an older one is no way round a hole
+		}
+		for _, r := range way {
+			if r.At < b.Physical.Stop || r.End > reach.To {
+				continue
+			}
+			end := r.Kind == pg.Commit || r.Kind == pg.Abort
+			if ended && t.Kind == restore.ToTime && end && (r.Time.After(t.Time) || t.Exclusive && r.Time.Equal(t.Time)) ||
+				ended && t.Kind == restore.ToLSN && r.At >= t.LSN ||
+				t.Kind == restore.ToXID && end && r.XID == t.XID ||
+				t.Kind == restore.ToName && r.Name == t.Name {
+				best = answer{b.ID, r.At}
+				break
+			}
+		}
+	}
+	if len(named) > 1 {
+		return answer{}
+	}
+	return best
+}
+
+// What Resolve says is what trying everything says.
+func TestResolveFindsWhatThereIs(t *testing.T) {
+	reached, refused, kinds := 0, 0, map[restore.TargetKind]int{}
+	for seed := range uint64(3000) {
+		p := drawPast(seed)
+		rnd := rand.New(rand.NewPCG(seed, 2))
+		target, reads := p.drawTarget(rnd), 0
+		want := p.oracle(target)
+		got, err := restore.Resolve(ctx, target, "", p.backups, p.ledger, p.scan(&reads))
+		if (err == nil) != (want.backup != "") || err == nil && (got.Backup.ID != want.backup || got.Stop.At != want.stop) {
+			t.Fatalf("seed %d, %+v: from %s, stop at %v (%v), want from %q at %v", seed, target, got.Backup.ID, got.Stop.At, err, want.backup, want.stop)
+		}
+		if err != nil {
+			refused++
+			if k := fail.KindOf(err); k != fail.Unreachable && k != fail.WALHole && k != fail.NoBackup {
+				t.Fatalf("seed %d: %v", seed, err)
+			}
+			continue
+		}
+		reached++
+		kinds[target.Kind]++
+		if got.Last.At != 0 && (got.Last.Kind != pg.Commit || got.Stop.At != 0 && got.Last.At > got.Stop.At || got.Last.At < got.Backup.Physical.Stop) {
+			t.Fatalf("seed %d: the last commit is %+v", seed, got.Last)
+		}
+	}
+	t.Logf("%d reached %v, %d refused", reached, kinds, refused)
+	if len(kinds) < 5 || refused < 300 {
+		t.Error("the test has lost its point")
+	}
+}
+
+// world is a past with two backups and nothing odd.
+func plainPast() past {
+	p := past{records: map[pg.Timeline][]pg.WALRecord{}, ledger: audit.Ledger{Archive: repo.Archive{Cluster: "main", System: 7, Major: 15}, SegmentSize: segment}}
+	for i := range 100 {
+		at := pg.LSN(segment) + pg.LSN(i)*100_000
+		p.records[1] = append(p.records[1], pg.WALRecord{Kind: pg.Commit, At: at, End: at + 100_000, XID: uint32(700 + i), Time: noon.Add(time.Duration(i) * time.Minute)})
+	}
+	for i, at := range []int{10, 50} {
+		r := p.records[1][at]
+		m := repo.Manifest{Ref: repo.Ref{Cluster: "main", ID: repo.NewID(r.Time, fmt.Sprintf("%08x", i))}, Kind: "physical", System: 7, Version: 150004}
+		m.Physical = &repo.PhysicalFacts{Start: r.At, Stop: r.End, Timeline: 1, StopTimeline: 1, StoppedAt: r.Time.Add(time.Second)}
+		p.backups = append(p.backups, repo.Listed{Manifest: m})
+	}
+	p.archive(1, 10)
+	return p
+}
+
+func (p *past) archive(from, to int) {
+	for i := from; i < to; i++ {
+		name, err := pg.SegmentName(1, pg.LSN(segment)*pg.LSN(i), segment)
+		if err != nil {
+			panic(err)
+		}
+		n, err := pg.ParseWALName(name)
+		if err != nil {
+			panic(err)
+		}
+		if err := p.ledger.Add(n, noon); err != nil {
+			panic(err)
+		}
+	}
+}
+
+// C4, C13: a refusal says what can be reached.
+func TestARefusalNamesTheNearestMoments(t *testing.T) {
+	p := plainPast()
+	holed := plainPast()
+	holed.ledger.Timelines = nil
+	holed.archive(1, 4)
+	holed.archive(5, 10)
+	damaged := plainPast()
+	damaged.backups[0].Physical.Damaged = 3
+	double := plainPast()
+	for _, i := range []int{20, 70} {
+		double.records[1][i].Kind, double.records[1][i].Name = pg.RestorePoint, "twice"
+	}
+	for what, tt := range map[string]struct {
+		past   past
+		target restore.Target
+		kind   fail.Kind
+		hint   string
+	}{
+		"before the first backup": {p, restore.Target{Kind: restore.ToTime, Time: noon.Add(10 * time.Minute)}, fail.Unreachable,
+			"the first moment that can be reached: 2026-11-22 12:10:01+00 (0/20C8E0), the end of backup 20261122T121000Z-00000000"},
+		"before the first one that is sound": {damaged, restore.Target{Kind: restore.ToLSN, LSN: 0x300000}, fail.Unreachable,
+			"the first moment that can be reached: 2026-11-22 12:50:01+00 (0/5DD1E0), the end of backup 20261122T125000Z-00000001; 1 backups were passed by, such as 20261122T121000Z-00000000: damaged: 3 blocks in 0 files were broken at the source; it is used only if it is named"},
+		"behind the archive": {p, restore.Target{Kind: restore.ToTime, Time: noon.Add(24 * time.Hour)}, fail.Unreachable,
+			"the last transaction before that was 793, committed at 2026-11-22 13:33:00+00 (0/9DE820); --to-xid 793 reaches it"},
+		"in a hole": {holed, restore.Target{Kind: restore.ToTime, Time: noon.Add(40 * time.Minute)}, fail.WALHole,
+			"the last transaction before that was 730, committed at 2026-11-22 12:30:00+00 (0/3DC6C0); --to-xid 730 reaches it, and after it 2026-11-22 12:50:01+00 (0/5DD1E0), the end of backup 20261122T125000Z-00000001"},
+		"an unknown transaction": {p, restore.Target{Kind: restore.ToXID, XID: 4711}, fail.Unreachable,
+			"searched from 2026-11-22 12:10:01+00 (0/20C8E0), the end of backup 20261122T121000Z-00000000, to 0/A00000; a transaction that wrote nothing, or a subtransaction, has no end in the log"},
+		"a name that was given twice": {double, restore.Target{Kind: restore.ToName, Name: "twice"}, fail.Unreachable,
+			"say which: --to-lsn 0/2E8480 (2026-11-22 12:20:00+00), --to-lsn 0/7ACFC0 (2026-11-22 13:10:00+00)"},
+		"no such timeline": {p, restore.Target{Kind: restore.Latest, Timeline: 9}, fail.Unreachable,
+			"with --timeline, these can be reached: 1"},
+	} {
+		reads := 0
+		_, err := restore.Resolve(ctx, tt.target, "", tt.past.backups, tt.past.ledger, tt.past.scan(&reads))
+		if !errors.Is(err, tt.kind) || fail.HintOf(err) != tt.hint {
+			t.Errorf("%s: %v\nhint %s\nwant %s", what, err, fail.HintOf(err), tt.hint)
+		}
+	}
+}
+
+// A damaged backup is used when it is named, and a named one alone.
+func TestANamedBackupIsTheOneThatIsUsed(t *testing.T) {
+	p := plainPast()
+	p.backups[0].Physical.Damaged = 3
+	target, reads := restore.Target{Kind: restore.ToXID, XID: 790}, 0
+	got, err := restore.Resolve(ctx, target, p.backups[0].ID, p.backups, p.ledger, p.scan(&reads))
+	if err != nil || got.Backup.ID != p.backups[0].ID || got.Stop.XID != 790 || got.Timeline != 1 {
+		t.Errorf("from %s (%v)", got.Backup.ID, err)
+	}
+	target = restore.Target{Kind: restore.ToXID, XID: 720}
+	if _, err := restore.Resolve(ctx, target, p.backups[1].ID, p.backups, p.ledger, p.scan(&reads)); !errors.Is(err, fail.Unreachable) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// To find a time, little of the log is read.
+func TestATimeIsFoundByHalving(t *testing.T) {
+	p := past{records: map[pg.Timeline][]pg.WALRecord{}, ledger: audit.Ledger{Archive: repo.Archive{Cluster: "main", System: 7, Major: 15}, SegmentSize: segment}}
+	for i := range 20_000 {
+		at := pg.LSN(segment) + pg.LSN(i)*100_000
+		p.records[1] = append(p.records[1], pg.WALRecord{Kind: pg.Commit, At: at, End: at + 100_000, XID: uint32(700 + i), Time: noon.Add(time.Duration(i) * time.Second)})
+	}
+	p.backups = plainPast().backups[:1]
+	p.archive(1, 1900)
+	reads := 0
+	got, err := restore.Resolve(ctx, restore.Target{Kind: restore.ToTime, Time: noon.Add(12345 * time.Second)}, "", p.backups, p.ledger, p.scan(&reads))
+	if err != nil || got.Stop.XID != 700+12346 || got.Last.XID != 700+12345 || reads > 40 {
+		t.Errorf("stops at %+v after %+v, %d segments read (%v)", got.Stop, got.Last, reads, err)
+	}
+}
