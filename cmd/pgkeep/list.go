@@ -107,8 +107,15 @@ type backupShown struct {
 
 	// Databases is null where no key at hand opens it.
 	Databases []databaseShown `json:"databases"`
-	details   backup.Details
-	kind      fail.Kind // of Error
+
+	// Of a physical backup.
+	Start     pg.LSN     `json:"start,omitempty"`      // recovery begins here
+	StoppedAt *time.Time `json:"stopped_at,omitempty"` // the first moment it can be recovered to
+	Damaged   int        `json:"damaged_pages,omitempty"`
+
+	details  backup.Details
+	physical *backup.PhysicalDetails // nil: no physical backup, or no key at hand opens them
+	kind     fail.Kind               // of Error
 }
 
 type databaseShown struct {
@@ -132,8 +139,14 @@ func show(r *repo.Repo, b repo.Listed) (backupShown, error) {
 	s.Kind, s.Host, s.System, s.Version = m.Kind, m.Host, m.System, m.Version.String()
 	s.Bytes, s.Stored, s.LSN, s.Verified, s.Epoch, s.Writer = m.Bytes, m.Stored, &m.LSN, m.Verified, m.Epoch, m.Writer
 	s.Workflow, s.Run = m.Workflow, m.Run
-	if m.Kind != repo.Logical {
-		return s, nil
+	if f := m.Physical; f != nil {
+		s.Start, s.StoppedAt, s.Damaged = f.Start, jsonTime(f.StoppedAt), f.Damaged
+		s.physical = new(backup.PhysicalDetails)
+		err := r.OpenDetails(m, s.physical)
+		if errors.Is(err, fail.NoKey) {
+			s.physical, err = nil, nil
+		}
+		return s, err
 	}
 	err := r.OpenDetails(m, &s.details)
 	if errors.Is(err, fail.NoKey) {
@@ -182,7 +195,11 @@ func (b backupShown) row(now time.Time) []string {
 	age := span(now.Sub(b.StartedAt))
 	switch b.State {
 	case complete:
-		return []string{string(b.ID), b.Cluster, string(b.Kind), age, size(b.Bytes), size(b.Stored), b.LSN.After.String(), string(b.Verified), b.dbs()}
+		verified := string(b.Verified)
+		if b.Damaged > 0 {
+			verified = "DAMAGED PAGES"
+		}
+		return []string{string(b.ID), b.Cluster, string(b.Kind), age, size(b.Bytes), size(b.Stored), b.LSN.After.String(), verified, b.dbs()}
 	case damaged:
 		return []string{string(b.ID), b.Cluster, "", age, "", "", "", strings.ToUpper(cmp.Or(string(b.kind), damaged)), ""}
 	}
@@ -191,6 +208,9 @@ func (b backupShown) row(now time.Time) []string {
 
 // dbs is the number of databases in the backup; "" if nobody here can tell.
 func (b backupShown) dbs() string {
+	if b.Kind == repo.Physical {
+		return "all"
+	}
 	if b.Databases == nil {
 		return ""
 	}

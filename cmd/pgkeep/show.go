@@ -48,12 +48,13 @@ func (e *env) show(ctx context.Context, cluster, what string, asJSON bool) error
 	if asJSON {
 		return printJSON(e.out, "show", struct {
 			backupShown
-			Databases []backup.DatabaseDump `json:"databases"` // in place of their short form
-			Globals   string                `json:"globals,omitempty"`
-			Skipped   []string              `json:"skipped"` // databases of the cluster that are not in it
-			Content   *repo.Content         `json:"content"`
-			Link      string                `json:"link,omitempty"`
-		}{shown, shown.details.Databases, shown.details.Globals, append([]string{}, shown.details.Skipped...), contentOf(b), link})
+			Databases []backup.DatabaseDump   `json:"databases"` // in place of their short form
+			Globals   string                  `json:"globals,omitempty"`
+			Skipped   []string                `json:"skipped"` // databases of the cluster that are not in it
+			Physical  *backup.PhysicalDetails `json:"details,omitempty"`
+			Content   *repo.Content           `json:"content"`
+			Link      string                  `json:"link,omitempty"`
+		}{shown, shown.details.Databases, shown.details.Globals, append([]string{}, shown.details.Skipped...), shown.physical, contentOf(b), link})
 	}
 	if err := pairs(e.out, shown.pairs(b.Manifest, link, time.Now())); err != nil {
 		return err
@@ -61,6 +62,9 @@ func (e *env) show(ctx context.Context, cluster, what string, asJSON bool) error
 	if shown.State != complete {
 		_, err := finished(b)
 		return err
+	}
+	if shown.Kind == repo.Physical {
+		return e.showPhysical(shown.physical)
 	}
 	if len(shown.Databases) == 0 {
 		e.say("no key here opens the names of the databases")
@@ -72,6 +76,25 @@ func (e *env) show(ctx context.Context, cluster, what string, asJSON bool) error
 		rows = append(rows, []string{db.Name, size(db.Bytes), bracket(db.LSN.Before, db.LSN.After), moment(db.TakenAt), db.Snapshot})
 	}
 	return table(e.out, "DATABASE SIZE LSN TAKEN SNAPSHOT", rows)
+}
+
+// showPhysical prints what only those see who read metadata.
+func (e *env) showPhysical(d *backup.PhysicalDetails) error {
+	if d == nil {
+		e.say("no key here opens the details")
+		return nil
+	}
+	lines := [][2]string{{"data directory", d.DataDirectory}}
+	for _, path := range d.Config {
+		lines = append(lines, [2]string{"configuration", path})
+	}
+	for _, s := range d.Tablespaces {
+		lines = append(lines, [2]string{"tablespace", fmt.Sprintf("%s (%d) at %s", s.Name, s.OID, s.Path)})
+	}
+	for _, f := range d.Damaged {
+		lines = append(lines, [2]string{"DAMAGED", fmt.Sprintf("%s, blocks %v", f.Path, f.Blocks)})
+	}
+	return pairs(e.out, lines)
 }
 
 func contentOf(b repo.Listed) *repo.Content {
@@ -114,6 +137,16 @@ func (b backupShown) pairs(m repo.Manifest, link string, now time.Time) [][2]str
 	if b.Workflow != "" {
 		all = append(all, [2]string{"workflow", strings.TrimSpace(b.Workflow + " " + b.Run)})
 	}
+	if f := m.Physical; f != nil {
+		all = append(all, [][2]string{
+			{"recovers from", fmt.Sprintf("%s, at %v", moment(f.StoppedAt), f.Stop)},
+			{"needs WAL", f.FirstWAL + " to " + f.LastWAL},
+			{"page checksums", checksumsMean(*f)},
+		}...)
+		if n := len(m.Uses); n > 0 {
+			all = append(all, [2]string{"shares with", count(n, "other backup")})
+		}
+	}
 	if link != "" {
 		all = append(all, [2]string{"link", link})
 	}
@@ -121,6 +154,16 @@ func (b backupShown) pairs(m repo.Manifest, link string, now time.Time) [][2]str
 		all = append(all, [2]string{"not in it", strings.Join(b.details.Skipped, ", ")})
 	}
 	return all
+}
+
+func checksumsMean(f repo.PhysicalFacts) string {
+	switch {
+	case !f.Checksums:
+		return "off: nobody can tell whether pages were damaged on disk"
+	case f.Damaged > 0:
+		return fmt.Sprintf("%s of the cluster are DAMAGED, in %s", count(f.Damaged, "page"), count(f.DamagedFiles, "file"))
+	}
+	return "compared, every page"
 }
 
 // bracket shows two positions, or one if they are the same.

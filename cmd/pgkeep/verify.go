@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -22,19 +23,23 @@ func verifyCommand(e *env) *cli.Command {
 		Usage:     "read backups back and compare every byte",
 		ArgsUsage: "[BACKUP]",
 		Category:  backups,
-		Description: "BACKUP is an id, the beginning of one, or \"latest\". All that the backup consists\n" +
-			"of is read, decrypted, decompressed, compared; pg_restore reads the table of\n" +
-			"contents. Without an operator's key, the stored bytes are compared.\n\n" + examples(
+		Description: "BACKUP is an id, the beginning of one, or \"latest\". All that a logical backup\n" +
+			"consists of is read, decrypted, decompressed, compared; pg_restore reads the table\n" +
+			"of contents. Of a physical one, every list and every pack's directory is, and the\n" +
+			"content of one pack in 30, other ones each time; with --full, of all. Without an\n" +
+			"operator's key, the stored bytes are compared.\n\n" + examples(
 			"pgkeep verify latest", "the newest of the only cluster",
+			"pgkeep verify --full latest", "every byte of it",
 			"pgkeep verify --cluster main --all", "all of one cluster",
 			"pgkeep verify --all", "all there are"),
 		Flags: []cli.Flag{
 			clusterFlag(),
 			boolFlag("all", "verify every backup that was finished"),
+			boolFlag("full", "read the content of every pack of a physical backup"),
 			jsonFlag(),
 		},
 		Action: func(c *cli.Context) error {
-			return e.verify(c.Context, verifyOptions{Cluster: c.String("cluster"), Backup: c.Args().First(), All: c.Bool("all"), JSON: c.Bool("json")})
+			return e.verify(c.Context, verifyOptions{Cluster: c.String("cluster"), Backup: c.Args().First(), All: c.Bool("all"), Full: c.Bool("full"), JSON: c.Bool("json")})
 		},
 	}
 }
@@ -42,7 +47,8 @@ func verifyCommand(e *env) *cli.Command {
 type verifyOptions struct {
 	Cluster   string
 	Backup    string
-	All, JSON bool
+	All, Full bool
+	JSON      bool
 }
 
 func (e *env) verify(ctx context.Context, opt verifyOptions) error {
@@ -55,7 +61,7 @@ func (e *env) verify(ctx context.Context, opt verifyOptions) error {
 	}
 	var verdicts []verdict
 	for _, b := range chosen {
-		v, err := e.verifyOne(ctx, r, b)
+		v, err := e.verifyOne(ctx, r, b, opt.Full)
 		if err != nil {
 			return fmt.Errorf("verify %s: %w", b.ID, err)
 		}
@@ -129,11 +135,11 @@ type verdict struct {
 }
 
 // verifyOne returns an error for trouble that says nothing about the backup.
-func (e *env) verifyOne(ctx context.Context, r *repo.Repo, b repo.Listed) (verdict, error) {
+func (e *env) verifyOne(ctx context.Context, r *repo.Repo, b repo.Listed, full bool) (verdict, error) {
 	v := verdict{Ref: b.Ref}
 	m, err := finished(b)
 	if err == nil {
-		err = e.readBack(ctx, r, m, &v)
+		err = e.readBack(ctx, r, m, full, &v)
 	}
 	switch fail.KindOf(err) {
 	case fail.Corrupt, fail.Untrusted, fail.Unsupported, fail.NoKey:
@@ -144,7 +150,7 @@ func (e *env) verifyOne(ctx context.Context, r *repo.Repo, b repo.Listed) (verdi
 	return v, err
 }
 
-func (e *env) readBack(ctx context.Context, r *repo.Repo, m repo.Manifest, v *verdict) error {
+func (e *env) readBack(ctx context.Context, r *repo.Repo, m repo.Manifest, full bool, v *verdict) error {
 	var d backup.Details
 	if err := r.OpenDetails(m, &d); errors.Is(err, fail.NoKey) {
 		if v.Damage, err = r.CheckDocuments(ctx, m); err != nil {
@@ -158,12 +164,16 @@ func (e *env) readBack(ctx context.Context, r *repo.Repo, m repo.Manifest, v *ve
 	} else if err != nil {
 		return err
 	}
-	tools, err := e.toolsFor(ctx, m, d)
-	if err != nil {
-		v.notes = append(v.notes, "the table of contents was not read: "+err.Error())
+	var tools cluster.Tools
+	if m.Kind == repo.Logical {
+		var err error
+		if tools, err = e.toolsFor(ctx, m, d); err != nil {
+			v.notes = append(v.notes, "the table of contents was not read: "+err.Error())
+		}
 	}
 	bar := e.progress("verify "+string(m.ID), m.Stored)
-	v.Report, err = verify.Backup(ctx, r, m, verify.Options{Tools: tools, Scratch: e.scratch(""),
+	var err error
+	v.Report, err = verify.Backup(ctx, r, m, verify.Options{Tools: tools, Scratch: e.scratch(""), Full: full, Salt: time.Now().String(),
 		Progress: func(p repo.Progress) { bar.Set(p.Read, p.Total) }})
 	bar.End()
 	if err == nil {

@@ -22,6 +22,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/pgdata"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/store"
+	"github.com/pgkeep/pgkeep/internal/verify"
 )
 
 // Physical takes the physical backups of one cluster on its host: it copies the
@@ -337,16 +338,15 @@ func (p *Physical) Verify(ctx context.Context, id repo.ID, progress func(repo.Pr
 	if err != nil {
 		return repo.Report{}, err
 	}
-	rep, err := r.Read(ctx, id, content, repo.Reading{Packs: p.ref(id).Sample(scrub), Progress: progress})
+	own, scrub := p.ref(id).Own(), repo.Scrub(string(id), verify.ScrubShare)
+	rep, err := r.Read(ctx, id, content, repo.Reading{Progress: progress, Packs: func(k repo.Pack) bool {
+		return own(k) || scrub(k)
+	}})
 	if err == nil {
 		err = rep.Err()
 	}
 	return rep, err
 }
-
-// scrub is of how many packs that are not its own a backup reads one: all of
-// them within as many backups, on average.
-const scrub = 30
 
 // WaitWAL waits until every segment that the copy needs is in the archive, and
 // reads each of them back. progress is called when it moves, and while it waits.

@@ -135,12 +135,14 @@ func (f PhysicalFacts) Segments() ([]pg.WALName, error) {
 	return names, nil
 }
 
-// Sample chooses the packs that this backup wrote, and of those of others one in
-// so many, at random but always the same.
-func (b Ref) Sample(of uint32) func(Pack) bool {
-	return func(p Pack) bool {
-		return strings.HasPrefix(p.Key, b.packs()) || crc32.ChecksumIEEE([]byte(string(b.ID)+p.Key))%of == 0
-	}
+// Own chooses the packs that this backup wrote itself.
+func (b Ref) Own() func(Pack) bool {
+	return func(p Pack) bool { return strings.HasPrefix(p.Key, b.packs()) }
+}
+
+// Scrub chooses one pack in so many, at random: other ones for another salt.
+func Scrub(salt string, of uint32) func(Pack) bool {
+	return func(p Pack) bool { return crc32.ChecksumIEEE([]byte(salt+p.Key))%of == 0 }
 }
 
 // draft is the commit point of an upload: a retry finds it and has nothing to do.

@@ -14,13 +14,23 @@ import (
 	"github.com/pgkeep/pgkeep/internal/repo"
 )
 
-// Options for Backup. The zero value reads everything and lists nothing.
+// ScrubShare is of how many packs the content of one is read, where a sample is
+// enough.
+const ScrubShare = 30
+
+// Options for Backup. The zero value reads a sample of a physical backup, all of
+// a logical one, and lists nothing.
 type Options struct {
 	// Tools read the tables of contents of a logical backup; zero: they are
 	// not read.
 	Tools cluster.Tools
 	// Scratch is where tables of contents are unpacked; "": the system's.
-	Scratch  string
+	Scratch string
+	// Full reads the content of every pack of a physical backup. Else that of a
+	// sample is read: each pack was read back when it was written, and nothing
+	// writes to it since.
+	Full     bool
+	Salt     string // another one makes another sample
 	Progress func(repo.Progress)
 }
 
@@ -31,7 +41,11 @@ func Backup(ctx context.Context, r *repo.Repo, m repo.Manifest, opt Options) (re
 	if err != nil {
 		return repo.Report{}, err
 	}
-	rep, err := r.Read(ctx, m.ID, m.Content, repo.Reading{Progress: opt.Progress})
+	reading := repo.Reading{Progress: opt.Progress}
+	if m.Kind == repo.Physical && !opt.Full {
+		reading.Packs = repo.Scrub(opt.Salt, ScrubShare)
+	}
+	rep, err := r.Read(ctx, m.ID, m.Content, reading)
 	if err != nil {
 		return rep, err
 	}
