@@ -45,8 +45,12 @@ func (s *Sandbox) launch(offline bool, prepare func() *exec.Cmd) (*process, erro
 	if offline {
 		ways = []uintptr{syscall.CLONE_NEWPID | syscall.CLONE_NEWIPC | syscall.CLONE_NEWNET, syscall.CLONE_NEWNET, 0}
 	}
+	if s.bare {
+		ways = []uintptr{0}
+	}
 	for _, flags := range ways {
 		cmd := prepare()
+		limited(cmd, s.opt.Memory)
 		cmd.ExtraFiles = []*os.File{badge}
 		attr := &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGQUIT, Cloneflags: flags, Credential: s.as}
 		if flags&syscall.CLONE_NEWPID != 0 {
@@ -66,7 +70,6 @@ func (s *Sandbox) launch(offline bool, prepare func() *exec.Cmd) (*process, erro
 		if err != nil {
 			return nil, err
 		}
-		p.limit(s.opt.Memory)
 		s.isolation.Processes = p.inside
 		if offline {
 			s.isolation.Network = flags&syscall.CLONE_NEWNET != 0
@@ -102,15 +105,13 @@ func (p *process) start() error {
 	return <-started
 }
 
-// limit bounds what it, and what it starts from now on, may take of the
-// machine. Errors are of processes that have ended.
-func (p *process) limit(memory int64) {
-	pid := p.cmd.Process.Pid
-	for what, most := range map[int]uint64{unix.RLIMIT_DATA: uint64(memory), unix.RLIMIT_CORE: 0} {
-		unix.Prlimit(pid, what, &unix.Rlimit{Cur: most, Max: most}, nil)
-	}
-	// When memory is short, it goes before anything else does.
-	os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte("1000"), 0)
+// limited runs a program by way of a shell, which bounds what it and all that it
+// starts may take: nobody needs rights to lower limits of his own. When memory
+// is short, they go before anything else does.
+func limited(cmd *exec.Cmd, memory int64) {
+	const script = `ulimit -c 0; ulimit -d "$0" && { echo 1000 >/proc/self/oom_score_adj; } 2>/dev/null; exec "$@"`
+	cmd.Args = append([]string{"sh", "-c", script, strconv.FormatInt(memory>>10, 10), cmd.Path}, cmd.Args[1:]...)
+	cmd.Path = "/bin/sh"
 }
 
 func (p *process) running() bool {

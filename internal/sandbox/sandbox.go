@@ -67,9 +67,9 @@ type Sandbox struct {
 	lock *os.File
 	as   *syscall.Credential // nil: as we are
 
-	server *process // nil: none runs
-	// Isolation of the server, once one was started.
-	isolation Isolation
+	server    *process  // nil: none runs
+	isolation Isolation // of what was started last
+	bare      bool      // without namespaces: for tests of hosts that have none
 }
 
 // Isolation says what keeps the server apart, beside its settings: how much the
@@ -115,9 +115,18 @@ func create(ctx context.Context, opt Options) (*Sandbox, error) {
 	if opt.Sessions <= 0 {
 		opt.Sessions = 20
 	}
+	s := &Sandbox{opt: opt}
+	if err := s.chooseUser(); err != nil {
+		return nil, err
+	}
 	parent, err := filepath.Abs(opt.Parent)
 	if err != nil {
 		return nil, err
+	}
+	s.dir = filepath.Join(parent, namePrefix+opt.Name)
+	if n := len(filepath.Join(s.runDir(), socketName)); n > maxSocketPath {
+		return nil, fail.Hint(fmt.Errorf("the socket would be at a path of %d bytes, %d too many: %w", n, n-maxSocketPath, fail.BadConfig),
+			"name a scratch directory with a shorter path")
 	}
 	if err := os.MkdirAll(parent, 0o711); err != nil { // another user goes through it
 		return nil, err
@@ -125,14 +134,7 @@ func create(ctx context.Context, opt Options) (*Sandbox, error) {
 	if parent, err = filepath.EvalSymlinks(parent); err != nil {
 		return nil, err
 	}
-	s := &Sandbox{opt: opt, dir: filepath.Join(parent, namePrefix+opt.Name)}
-	if n := len(filepath.Join(s.runDir(), socketName)); n > maxSocketPath {
-		return nil, fail.Hint(fmt.Errorf("the socket would be at a path of %d bytes, %d too many: %w", n, n-maxSocketPath, fail.BadConfig),
-			"name a scratch directory with a shorter path")
-	}
-	if err := s.chooseUser(); err != nil {
-		return nil, err
-	}
+	s.dir = filepath.Join(parent, namePrefix+opt.Name)
 	for {
 		if err := os.Mkdir(s.dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return nil, err
