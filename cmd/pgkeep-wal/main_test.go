@@ -49,6 +49,9 @@ func TestFetchStatus(t *testing.T) {
 	if got := fetchStatus(fmt.Errorf("fetch: %w", wal.ErrAbsent)); got != 1 {
 		t.Errorf("absent: %d", got)
 	}
+	if got := fetchStatus(fmt.Errorf("fetch: %w; %w", fail.StoreDown, wal.ErrLater)); got != 1 {
+		t.Errorf("a standby in an outage: %d", got)
+	}
 }
 
 func TestWrongCommandLines(t *testing.T) {
@@ -62,6 +65,8 @@ func TestWrongCommandLines(t *testing.T) {
 		{"fetch --nonsense 000000010000000000000001 x", 202},
 		{"fetch --timeout 0s 000000010000000000000001 x", 202},
 		{"fetch --config /nonexistent 000000010000000000000001 x", 202},
+		{"ahead --config /nonexistent", 0}, // whatever happens to it
+		{"ahead x", 0},
 		{"push", 2},
 		{"push a b", 2},
 		{"push --nonsense a", 2},

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -64,7 +65,7 @@ func wantShelf(t *testing.T, dir string, want ...string) {
 type recovery struct {
 	wal.Fetcher
 	*archive
-	running, started int
+	running, started atomic.Int32
 }
 
 func (a *archive) recovery(t *testing.T, dir string, n int) *recovery {
@@ -73,11 +74,11 @@ func (a *archive) recovery(t *testing.T, dir string, n int) *recovery {
 	helper := r.Fetcher
 	helper.Open = func(ctx context.Context) (*repo.Repo, error) { return repo.Open(ctx, a.Store, access(t)) } // not counted
 	r.Spawn = func() {
-		r.running++
-		r.started++
+		r.running.Add(1)
+		r.started.Add(1)
 		go func() {
 			helper.Prefetch(context.Background())
-			r.running--
+			r.running.Add(-1)
 		}()
 	}
 	return r
@@ -111,14 +112,14 @@ func TestTheNextSegmentsAreReady(t *testing.T) {
 		}
 		r.fetch(t, s[9], true) // they need not be asked for slowly
 		r.fetch(t, s[10], true)
-		if r.started != 1 {
-			t.Errorf("%d processes were started", r.started)
+		if r.started.Load() != 1 {
+			t.Errorf("%d processes were started", r.started.Load())
 		}
 		settle()
 		wantShelf(t, dir, s[11])
 		r.fetch(t, s[11], true)
 		settle()
-		if r.running > 0 {
+		if r.running.Load() > 0 {
 			t.Error("nothing is left to fetch, and it runs on")
 		}
 		if _, err := fetch(t, r.Fetcher, seg+"4E"); !errors.Is(err, wal.ErrAbsent) {
@@ -137,7 +138,7 @@ func TestNobodyAsksAnyMore(t *testing.T) {
 		wantShelf(t, dir, s[1:5]...)
 		time.Sleep(2 * time.Second)
 		wantShelf(t, dir)
-		if r.running > 0 {
+		if r.running.Load() > 0 {
 			t.Error("it runs on")
 		}
 		r.fetch(t, s[1], false)
@@ -160,8 +161,8 @@ func TestATimelineSwitchIsFollowed(t *testing.T) {
 		settle()
 		wantShelf(t, dir, two[1:4]...)
 		r.fetch(t, two[1], true)
-		if r.started != 1 {
-			t.Errorf("%d processes were started", r.started)
+		if r.started.Load() != 1 {
+			t.Errorf("%d processes were started", r.started.Load())
 		}
 		time.Sleep(time.Minute)
 	})
@@ -197,7 +198,7 @@ func TestNobodyElseUsesWhatIsReady(t *testing.T) {
 			change(t, r)
 			r.fetch(t, s[1], false)
 			settle()
-			if r.running > 0 && strings.HasPrefix(what, "another") { // what fetches ahead is still for the first
+			if r.running.Load() > 0 && strings.HasPrefix(what, "another") { // what fetches ahead is still for the first
 				t.Errorf("%s: it runs on", what)
 			}
 			time.Sleep(time.Minute)
@@ -317,7 +318,7 @@ func TestASegmentThatIsOnItsWayIsNotFetchedTwice(t *testing.T) {
 			}
 			r.fetch(t, s[2], true)
 			time.Sleep(time.Minute)
-			if r.running > 0 {
+			if r.running.Load() > 0 {
 				t.Error("it runs on")
 			}
 			wantShelf(t, dir)
@@ -339,7 +340,7 @@ func TestTroubleAheadIsLeftToFetch(t *testing.T) {
 			t.Errorf("a hole: %v", err)
 		}
 		time.Sleep(time.Minute)
-		if r.running > 0 {
+		if r.running.Load() > 0 {
 			t.Error("it runs on")
 		}
 		wantShelf(t, dir)
@@ -361,7 +362,7 @@ func TestADataDirectoryThatIsGone(t *testing.T) {
 				t.Fatal(err)
 			}
 			settle()
-			if r.running > 0 {
+			if r.running.Load() > 0 {
 				t.Errorf("%s: it runs on", what)
 			}
 			os.Rename(dir+".old", dir)
@@ -380,8 +381,8 @@ func TestOneFetchesAhead(t *testing.T) {
 		if err := r.Prefetch(ctx); err != nil || time.Since(start) > time.Second {
 			t.Errorf("the second: %v after %v", err, time.Since(start))
 		}
-		if r.running != 1 {
-			t.Errorf("%d run", r.running)
+		if r.running.Load() != 1 {
+			t.Errorf("%d run", r.running.Load())
 		}
 		time.Sleep(time.Minute)
 	})
