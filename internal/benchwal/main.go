@@ -347,7 +347,9 @@ func watch(ctx context.Context, program string) (peak int64) {
 	}
 }
 
-func resident(program string) (sum int64) {
+// resident is what the processes hold now: of what they share, once.
+func resident(program string) int64 {
+	var own, shared int64 // pages
 	found, _ := filepath.Glob("/proc/[0-9]*/comm")
 	for _, path := range found {
 		comm, err := os.ReadFile(path)
@@ -355,12 +357,13 @@ func resident(program string) (sum int64) {
 			continue // or it has ended
 		}
 		statm, err := os.ReadFile(filepath.Join(filepath.Dir(path), "statm"))
-		if fields := strings.Fields(string(statm)); err == nil && len(fields) > 1 {
-			pages, _ := strconv.ParseInt(fields[1], 10, 64)
-			sum += pages * int64(os.Getpagesize())
+		if fields := strings.Fields(string(statm)); err == nil && len(fields) > 2 {
+			all, _ := strconv.ParseInt(fields[1], 10, 64)
+			files, _ := strconv.ParseInt(fields[2], 10, 64)
+			own, shared = own+all-files, max(shared, files)
 		}
 	}
-	return sum
+	return (own + shared) * int64(os.Getpagesize())
 }
 
 // fetch compares how long a server replays what restore_command brings.
