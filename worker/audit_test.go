@@ -129,7 +129,7 @@ func TestWALAuditOnSchedule(t *testing.T) {
 		var res workflows.WALAuditResult
 		err = run.Get(t.Context(), &res)
 		if want.kind != "" {
-			failed(t, err, want.kind, "1 archived file is missing: "+segments[6])
+			failed(t, err, want.kind, "1 WAL file is missing from the archive: "+segments[6])
 			record(t, r.client, run, "wal_audit_hole")
 			until(t, "the schedule knows", func() bool {
 				have, err := schedule.List(t.Context(), r.client, s.ID())

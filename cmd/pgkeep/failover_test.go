@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/pgkeep/pgkeep/internal/lab"
+	"github.com/pgkeep/pgkeep/internal/pg"
 )
 
 // A pair is a primary that archives segments of 1 MiB to a real S3 server with
@@ -45,7 +47,8 @@ func newPair(t *testing.T) *pair {
 	p.write("s3.secret", p.s3.SecretAccessKey)
 	text := fmt.Sprintf(`
 repository: {url: 's3://%s/prod', endpoint: '%s', ca_file: %[3]s/ca.pem, access_key_id: %s, secret_access_key_file: %[3]s/s3.secret}
-clusters: {main: {conninfo: "host=%[3]s/standby/run user=postgres"}}
+clusters: {main: {conninfo: "host=%[3]s/standby/run user=postgres"}, idle: {conninfo: "host=/nowhere"}}
+spool: %[3]s/spool
 keys:
   signing_key: %[3]s/signing.key
   metadata_identity: %[3]s/metadata.key
@@ -56,7 +59,7 @@ keys:
 	p.ok("key", "init", "--new-identity", p.operator)
 	p.own()
 
-	settings := map[string]string{"archive_mode": "on", "archive_command": program + " push --config " + p.archive + " %p", "wal_keep_size": "200MB"}
+	settings := map[string]string{"archive_mode": "on", "archive_command": program + " push --cluster main --config " + p.archive + " %p", "wal_keep_size": "200MB"}
 	p.pg = lab.PostgresForTest(t, lab.PostgresOptions{WALSegmentMB: 1, Settings: settings})
 	p.exec("postgres", "CREATE TABLE t (id int, noise text)")
 	for _, to := range [][]string{{"base/data", "none"}, {"standby/data", "stream"}} {
@@ -72,6 +75,15 @@ keys:
 		if out, err := p.pg.Command(t.Context(), "pg_basebackup", args...).CombinedOutput(); err != nil {
 			t.Fatalf("pg_basebackup: %v\n%s", err, out)
 		}
+	}
+	if err := os.Mkdir(filepath.Join(shared, "spool"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	p.own()
+	// What backs up the primary. In its place, the standby will be what is called main.
+	primary := p.write("primary.yaml", strings.Replace(text, "host="+shared+"/standby/run", p.pg.Conninfo(), 1))
+	if status, out, said := p.with(t.Context(), primary, "backup", "--direct", "--kind", "physical", "main"); status != 0 {
+		t.Fatalf("backup = %d\n%s%s", status, out, said)
 	}
 	p.standby = p.start("standby", settings)
 	return p
@@ -176,25 +188,59 @@ func (p *pair) failOver() {
 // missing for ever, unless somebody looks into the new one's pg_wal.
 func TestFailoverHoleIsFilled(t *testing.T) {
 	p := newPair(t)
+	p.fails(13, []string{"no archived WAL"}, "wal", "list", "--cluster", "idle")
 	p.failOver()
-	p.ok("wal", "audit") // what it finds is too new to be sure of
+	p.ok("wal", "audit", "--cluster", "main") // what it finds is too new to be sure of
 	p.later()
-	p.fails(23, []string{"1 HOLE", "5 archived files are missing", "wal-hole", "hint: ", "--fill"}, "wal", "audit")
-	list := p.ok("wal", "list")
-	for _, want := range []string{"HOLE ", "00000002.history", ".partial", "timeline 1 left"} {
+	before := p.windows()
+	p.fails(23, []string{"1 HOLE", "5 WAL files are missing", "wal-hole", "hint: ", "--fill"}, "wal", "audit", "--cluster", "main")
+	list := p.ok("wal", "list", "--cluster", "main")
+	for _, want := range []string{"HOLE ", "00000002.history", "partial ", "timeline 1 left"} {
 		if !strings.Contains(list, want) {
 			t.Errorf("wal list does not say %q:\n%s", want, list)
 		}
 	}
-	out := p.ok("wal", "audit", "--fill")
+	out := p.ok("wal", "audit", "--fill", "--cluster", "main")
 	if n := strings.Count(out, "filled 00000001"); n != 5 || !strings.Contains(out, "no hole") {
 		t.Errorf("filled %d of 5:\n%s", n, out)
 	}
-	p.ok("wal", "audit")
+	p.ok("wal", "audit", "--cluster", "main")
+	after := p.windows()
+	if before.Path != "[1]" || after.Path != "[1 2]" || before.From != after.From || before.To >= after.To || after.Archived == nil {
+		t.Errorf("windows were %+v, and are %+v", before, after)
+	}
 	restored := p.restore("base")
 	if got := p.query(restored, "SELECT count(*)::text FROM t"); got != strconv.Itoa(p.rows) {
 		t.Errorf("%s rows were restored along timeline 2, want %d", got, p.rows)
 	}
+}
+
+type window struct {
+	ID, Path string
+	From, To pg.LSN
+	Archived *time.Time
+}
+
+// windows returns the only one there is.
+func (p *pair) windows() window {
+	p.t.Helper()
+	var answer struct {
+		Windows []struct {
+			Base      struct{ ID string }
+			Timelines []int
+			From, To  pg.LSN
+			Archived  *time.Time
+		}
+	}
+	text := p.ok("windows", "--cluster", "main", "--json")
+	if err := json.Unmarshal([]byte(text), &answer); err != nil || len(answer.Windows) != 1 {
+		p.t.Fatalf("%v in %s", err, text)
+	}
+	w := answer.Windows[0]
+	if table := p.ok("windows", "--cluster", "main"); !strings.Contains(table, w.Base.ID) || !strings.Contains(table, w.To.String()) {
+		p.t.Errorf("as JSON\n%s\nand as a table\n%s", text, table)
+	}
+	return window{w.Base.ID, fmt.Sprint(w.Timelines), w.From, w.To, w.Archived}
 }
 
 // restore starts a base backup, which replays all that is archived.
@@ -206,5 +252,5 @@ func (p *pair) restore(name string) *lab.Postgres {
 	}
 	p.own()
 	return p.start(name, map[string]string{"hot_standby": "off", "recovery_target_timeline": "latest",
-		"restore_command": filepath.Join(p.shared, "pgkeep-wal") + " fetch --config " + p.config + " %f %p"})
+		"restore_command": filepath.Join(p.shared, "pgkeep-wal") + " fetch --cluster main --config " + p.config + " %f %p"})
 }

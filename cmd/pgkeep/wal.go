@@ -178,7 +178,7 @@ func printArchive(w io.Writer, cluster string, rep audit.Report, now time.Time) 
 		}
 		for _, p := range t.Partials {
 			name := nameAt(rep, t.ID, p)
-			rows = append(rows, row{name, "partial", name + ".partial", "", "", "", ""})
+			rows = append(rows, row{name, "partial", name, "", "", "", ""})
 		}
 	}
 	for _, h := range rep.Holes {
@@ -325,7 +325,7 @@ func inOneLine(cluster string, rep audit.Report, now time.Time) string {
 	if n := len(rep.Holes); n > 0 {
 		state = strings.ToUpper(count(n, "hole"))
 	}
-	text := fmt.Sprintf("%s  %v-%d  %s: %s on %s", cluster, rep.System, rep.Major, state, count(segments, "segment"), count(timelines, "timeline"))
+	text := fmt.Sprintf("%s  %v-%d  %s; %s on %s", cluster, rep.System, rep.Major, state, count(segments, "segment"), count(timelines, "timeline"))
 	if at, t, to := rep.Newest(); !at.IsZero() {
 		text += fmt.Sprintf(", the newest %s, archived %s ago", nameAt(rep, t, to-1), span(now.Sub(at)))
 	}

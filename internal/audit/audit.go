@@ -96,15 +96,15 @@ func Err(cluster string, all []Report) error {
 	if n := len(holes); n > 3 {
 		holes = append(holes[:3], fmt.Sprintf("and in %d more places", n-3))
 	}
-	verb := "files are"
+	what := "files are"
 	if count == 1 {
-		verb = "file is"
+		what = "file is"
 	}
-	hint := "whoever still has them in pg_wal can bring them back: on the new primary, pgkeep wal audit --fill; on the old one, start its archiver. If nobody has, take a new base backup now"
+	hint := "who has them in pg_wal can bring them back: on the new primary, pgkeep wal audit --fill; on the old one, let it archive. If nobody has, take a physical backup now"
 	if len(bad.Windows) == 0 {
 		hint += "; pgkeep wal list shows what is there"
 	} else {
 		hint += "; pgkeep windows shows what can be reached still"
 	}
-	return fail.Hint(fmt.Errorf("cluster %s: %d archived %s missing: %s: %w", cluster, count, verb, strings.Join(holes, ", "), fail.WALHole), hint)
+	return fail.Hint(fmt.Errorf("cluster %s: %d WAL %s missing from the archive: %s: %w", cluster, count, what, strings.Join(holes, ", "), fail.WALHole), hint)
 }

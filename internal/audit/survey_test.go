@@ -199,7 +199,7 @@ func TestTake(t *testing.T) {
 		if errors.Is(err, fail.WALHole) != (tt.holes > 0) {
 			t.Errorf("%v later: %v", tt.after, err)
 		}
-		if err != nil && err.Error() != "cluster main: 1 archived file is missing: 000000010000000000000002: wal-hole" {
+		if err != nil && err.Error() != "cluster main: 1 WAL file is missing from the archive: 000000010000000000000002: wal-hole" {
 			t.Errorf("it says %q", err)
 		}
 	}

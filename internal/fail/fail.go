@@ -85,7 +85,7 @@ var kinds = map[Kind]row{
 	StoreDown:      {exit: 20, retry: true, means: "the object store does not answer, or says that it is overloaded", hint: "pgkeep keeps trying; check the endpoint, its name in DNS and its certificate"},
 	StoreDenied:    {exit: 21, means: "the object store refuses the credentials or the request", hint: "check the access key and what its policy allows on this bucket and prefix"},
 	StoreUnfit:     {exit: 22, means: "the object store lacks what objects that are never replaced need", hint: "pgkeep needs a store with conditional writes (If-None-Match) and strong reads after writes"},
-	WALHole:        {exit: 23, means: "segments are missing in the archive, in the middle or before a promotion", hint: "pgkeep wal audit --fill on the new primary puts back what it still has; else take a new base backup now"},
+	WALHole:        {exit: 23, means: "segments are missing in the archive, in the middle or before a promotion", hint: "pgkeep wal audit --fill on the new primary puts back what it still has; else take a physical backup now"},
 	PGDown:         {exit: 30, retry: true, means: "PostgreSQL does not answer, or went away in the middle", hint: "is PostgreSQL running, and is the conninfo of the cluster right?"},
 	PGDenied:       {exit: 31, means: "PostgreSQL refuses the login, or a right is missing", hint: "check pg_hba.conf, the password file and the rights of the backup role"},
 	PGVersion:      {exit: 32, means: "the client programs are missing, or older than the server", hint: "install the client programs of the server's major version, or name their directory as bin_dir"},
