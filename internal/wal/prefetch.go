@@ -410,7 +410,11 @@ func (sh *shelf) deliver(ctx context.Context, n pg.WALName, s Server, name strin
 func (sh *shelf) await(ctx context.Context, n pg.WALName) (name string, sum []byte) {
 	poll := time.NewTicker(pollEvery)
 	defer poll.Stop()
-	giveUp := time.After(maxWait)
+	wait := maxWait
+	if deadline, ok := ctx.Deadline(); ok { // the other half is for finding out what is the matter
+		wait = min(wait, time.Until(deadline)/2)
+	}
+	giveUp := time.After(wait)
 	for {
 		_, err := sh.wal.Lstat(path.Join(shelfDir, n.String()+partSuffix))
 		coming := err == nil // looked at first: what is finished now is found below
