@@ -55,11 +55,11 @@ func (p *push) recorded(n pg.WALName) bool {
 		return false
 	}
 	defer root.Close()
+	defer root.Remove(recordName(n)) // what stays behind is swept
 	have, ok := readRecord(root, recordName(n))
 	if !ok {
 		return false
 	}
-	defer root.Remove(recordName(n)) // what stays behind is swept
 	f, err := os.Open(p.path(n))
 	if err != nil {
 		return false
