@@ -123,7 +123,8 @@ const headroom = 8 + maxWALHeader
 // A parcel holds an object while it is made. It is used again: memory is what
 // bounds how many files are on their way at a time.
 type parcel struct {
-	buf []byte // headroom, then the body
+	buf    []byte // headroom, then the body
+	pieces [4]piece
 }
 
 func (p *parcel) Write(b []byte) (int, error) { p.buf = append(p.buf, b...); return len(b), nil }
@@ -154,20 +155,13 @@ func (w *Archiver) pack(ctx context.Context, p *parcel, f WALFile) (walHeader, e
 		}
 		return seal.EncryptTo(p, to...)
 	}}
-	zw, err := seal.CompressTo(sealed)
-	if err != nil {
-		return walHeader{}, err
-	}
 	sum := sha256.New()
-	size, err := copyUntil(ctx, io.MultiWriter(sum, zw), io.LimitReader(f.Content, f.Size+1))
+	size, err := p.compress(ctx, sum, sealed, io.LimitReader(f.Content, f.Size+1))
 	switch {
 	case err != nil:
 		return walHeader{}, err
 	case size != f.Size:
 		return walHeader{}, fmt.Errorf("the file has not the %d bytes it had a moment ago", f.Size)
-	}
-	if err := zw.Close(); err != nil {
-		return walHeader{}, err
 	}
 	if err := sealed.Close(); err != nil {
 		return walHeader{}, err
@@ -177,26 +171,77 @@ func (w *Archiver) pack(ctx context.Context, p *parcel, f WALFile) (walHeader, e
 		Size: size, Sum: sum.Sum(nil), Stored: int64(len(p.body())), StoredSum: stored[:], Epoch: w.r.epochNumber()}, nil
 }
 
-// copyUntil is io.Copy that ends with ctx.
-func copyUntil(ctx context.Context, w io.Writer, r io.Reader) (n int64, err error) {
-	piece := make([]byte, 256<<10)
-	for {
-		if err := ctx.Err(); err != nil {
-			return n, err
+// compress reads r to its end, a piece at a time. It passes the content on to
+// plain and, in frames of zstd, to packed. Reading, hashing and compressing go on
+// at the same time: PostgreSQL waits.
+func (p *parcel) compress(ctx context.Context, plain, packed io.Writer, r io.Reader) (int64, error) {
+	g, ctx := errgroup.WithContext(ctx)
+	free := make(chan *piece, len(p.pieces))
+	for i := range p.pieces {
+		if p.pieces[i].comp == nil {
+			comp, err := seal.NewCompressor()
+			if err != nil {
+				return 0, err
+			}
+			p.pieces[i] = piece{comp: comp, plain: make([]byte, pieceSize)}
 		}
-		m, err := r.Read(piece)
-		n += int64(m)
-		if _, werr := w.Write(piece[:m]); werr != nil {
-			return n, werr
-		}
-		if err == io.EOF {
-			return n, nil
-		}
-		if err != nil {
-			return n, err
-		}
+		free <- &p.pieces[i]
 	}
+	order := make(chan *piece, len(p.pieces)) // has room for all
+	var size int64
+	g.Go(func() error {
+		defer close(order)
+		for {
+			var one *piece
+			select {
+			case one = <-free:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+			n, err := io.ReadFull(r, one.plain[:pieceSize])
+			size += int64(n)
+			if n > 0 {
+				one.plain, one.done = one.plain[:n], make(chan struct{})
+				g.Go(func() error {
+					defer close(one.done)
+					one.packed = one.comp.Append(one.packed[:0], one.plain)
+					return nil
+				})
+				order <- one
+			}
+			if err == io.EOF || err == io.ErrUnexpectedEOF {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+		}
+	})
+	g.Go(func() error {
+		for one := range order {
+			if _, err := plain.Write(one.plain); err != nil {
+				return err
+			}
+			<-one.done
+			if _, err := packed.Write(one.packed); err != nil {
+				return err
+			}
+			free <- one
+		}
+		return nil
+	})
+	err := g.Wait()
+	return size, err
 }
+
+// A piece of a file on its way through compress becomes a frame.
+type piece struct {
+	comp          *seal.Compressor
+	plain, packed []byte
+	done          chan struct{} // closed when packed is there
+}
+
+const pieceSize = 256 << 10 // bytes
 
 // A late writer holds what is written until the one it is for can be opened.
 type late struct {
