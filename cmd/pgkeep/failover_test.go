@@ -125,7 +125,7 @@ func (p *pair) query(on *lab.Postgres, sql string) (text string) {
 // until waits for a query to say t.
 func (p *pair) until(on *lab.Postgres, sql string) {
 	p.t.Helper()
-	for deadline := time.Now().Add(time.Minute); p.query(on, "SELECT ("+sql+")::text") != "true"; {
+	for deadline := time.Now().Add(time.Minute); p.query(on, "SELECT coalesce(("+sql+"), false)::text") != "true"; {
 		if time.Now().After(deadline) {
 			p.t.Fatalf("waited a minute for %s; archiver: %s", sql, p.query(on, "SELECT row_to_json(a)::text FROM pg_stat_archiver a"))
 		}
