@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -55,7 +56,10 @@ func TestGreen(t *testing.T) {
 func TestGreenAtOtherTargets(t *testing.T) {
 	r := newRig(t)
 	rows := map[string]map[string]int64{"postgres": {"public.orders": r.atFirst}}
+	xid, err := strconv.ParseUint(r.xid, 10, 32)
+	must(t, err)
 	for name, target := range map[string]sandbox.Target{
+		"xid":       {XID: uint32(xid)},
 		"time":      {Time: r.middle},
 		"name":      {Name: "half"},
 		"immediate": {Immediate: true},
@@ -346,5 +350,40 @@ func TestPublicReportHoldsNoNames(t *testing.T) {
 	}
 	if len(rep.Checks[0].Findings) != 1 {
 		t.Error("Public changed the report")
+	}
+}
+
+// A logical backup is proven in a cluster that is made for it.
+func TestLogical(t *testing.T) {
+	r := newRig(t)
+	dump := r.dir + "/dump"
+	if out, err := r.pg.Command(t.Context(), "pg_dump", "--format=directory", "--file="+dump, "--dbname="+r.pg.Conninfo()+" dbname=postgres").CombinedOutput(); err != nil {
+		t.Fatalf("pg_dump: %v: %s", err, out)
+	}
+	s, err := sandbox.Make(t.Context(), sandbox.Options{Parent: r.dir + "/s", Name: "logical"})
+	must(t, err)
+	defer s.Remove()
+	major, err := strconv.Atoi(r.text(t, "postgres", "SELECT (current_setting('server_version_num')::int / 10000)::text"))
+	must(t, err)
+	must(t, s.Create(t.Context(), major))
+	must(t, s.Open(t.Context()))
+	conn, err := s.Connect(t.Context(), "template1")
+	must(t, err)
+	_, err = conn.Exec(t.Context(), "CREATE DATABASE back TEMPLATE template0")
+	must(t, err)
+	conn.Close(t.Context())
+	restore := r.pg.Command(t.Context(), "pg_restore", "--dbname="+s.Conninfo()+" dbname=back", "--no-owner", "--no-tablespaces", "--exit-on-error", dump)
+	if out, err := restore.CombinedOutput(); err != nil {
+		t.Fatalf("pg_restore: %v: %s", err, out)
+	}
+	test := proof.Test{Sandbox: s, Rows: map[string]map[string]int64{"back": r.rows["postgres"]},
+		Assertions: []proof.Assertion{{Name: "orders", Database: "back", Query: "SELECT count(*) = 6000 FROM orders"}}}
+	if rep := run(t, test); rep.Verdict != proof.Passed || rep.Rows < 6000 {
+		t.Errorf("%+v is red:\n%s", rep, failures(rep))
+	}
+	must(t, s.Open(t.Context()))
+	test.Rows["back"]["public.orders"]--
+	if rep := run(t, test); rep.Verdict != proof.Failed || verdict(rep, proof.CheckRows).Failed != 1 {
+		t.Errorf("one row too many: %s\n%s", rep.Verdict, failures(rep))
 	}
 }

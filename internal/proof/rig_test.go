@@ -29,6 +29,7 @@ type rig struct {
 	system  pg.SystemID
 	end     pg.LSN // of the archive
 	middle  time.Time
+	xid     string                      // of a transaction in the middle
 	rows    map[string]map[string]int64 // at the end
 	atFirst int64                       // rows of public.orders in the middle
 	paths   map[string]string           // of relations, below the data directory
@@ -70,6 +71,7 @@ func newRig(t *testing.T) *rig {
 		`CREATE TABLE twin_a AS SELECT i FROM generate_series(1, 500) i`,
 		`CREATE TABLE twin_b AS SELECT i + 5 AS i FROM generate_series(1, 500) i`,
 		`CREATE INDEX ON twin_a (i)`, `CREATE INDEX ON twin_b (i)`)
+	r.exec(t, "postgres", "SET allow_in_place_tablespaces = on", "CREATE TABLESPACE inside LOCATION ''", "CREATE TABLE within (i int) TABLESPACE inside", "INSERT INTO within VALUES (1)")
 	r.exec(t, "shop",
 		"CREATE TABLE items (id bigint PRIMARY KEY, price numeric) TABLESPACE fast",
 		"INSERT INTO items SELECT i, i * 1.5 FROM generate_series(1, 2000) i",
@@ -99,6 +101,7 @@ func newRig(t *testing.T) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
+	r.xid = r.text(t, "postgres", "SELECT pg_current_xact_id()::text")
 	r.exec(t, "postgres", "SELECT pg_create_restore_point('half')", "INSERT INTO orders SELECT i, 'name ' || i, repeat(md5(i::text), 60) FROM generate_series(4001, 6000) i", "REFRESH MATERIALIZED VIEW names")
 	r.exec(t, "shop", "INSERT INTO items SELECT i, i FROM generate_series(2001, 2500) i")
 	end, err := pg.ParseLSN(r.text(t, "postgres", "SELECT pg_current_wal_lsn()::text"))

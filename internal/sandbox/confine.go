@@ -87,7 +87,10 @@ func (s *Sandbox) confineMap() error {
 	in := bufio.NewScanner(f)
 	for in.Scan() {
 		oid, path, _ := strings.Cut(in.Text(), " ")
-		if !filepath.IsAbs(path) || !s.holds(path) {
+		if !filepath.IsAbs(path) { // one in place
+			path = filepath.Join(s.Data(), path)
+		}
+		if !s.holds(path) {
 			return fail.Hint(fmt.Errorf("tablespace %s is at %s, out of the sandbox: %w", oid, path, fail.BadConfig),
 				"restore tablespaces into the sandbox, too")
 		}

@@ -19,9 +19,10 @@ import (
 type Target struct {
 	Time      time.Time `json:"time,omitzero"` // of commits
 	LSN       pg.LSN    `json:"lsn,omitzero"`
+	XID       uint32    `json:"xid,omitempty"`       // the end of a transaction
 	Name      string    `json:"name,omitempty"`      // of a restore point
 	Immediate bool      `json:"immediate,omitempty"` // as soon as the data is consistent
-	Exclusive bool      `json:"exclusive,omitempty"` // before what is exactly at Time or LSN
+	Exclusive bool      `json:"exclusive,omitempty"` // before what is exactly at Time, LSN or XID
 }
 
 func (t Target) String() string {
@@ -30,6 +31,8 @@ func (t Target) String() string {
 		return t.Time.UTC().Format("2006-01-02 15:04:05.999999 UTC")
 	case t.LSN != 0:
 		return t.LSN.String()
+	case t.XID != 0:
+		return "transaction " + strconv.FormatUint(uint64(t.XID), 10)
 	case t.Name != "":
 		return "restore point " + strconv.Quote(t.Name)
 	case t.Immediate:
@@ -45,6 +48,8 @@ func (t Target) settings() map[string]string {
 		set["recovery_target_time"] = t.Time.UTC().Format("2006-01-02 15:04:05.999999+00")
 	case t.LSN != 0:
 		set["recovery_target_lsn"] = t.LSN.String()
+	case t.XID != 0:
+		set["recovery_target_xid"] = strconv.FormatUint(uint64(t.XID), 10)
 	case t.Name != "":
 		set["recovery_target_name"] = t.Name
 	case t.Immediate:

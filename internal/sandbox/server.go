@@ -87,10 +87,9 @@ func (s *Sandbox) Version(ctx context.Context) (pg.Version, error) {
 // Create makes an empty cluster in the data directory, for a logical backup to
 // be restored into; then call Open.
 func (s *Sandbox) Create(ctx context.Context, major int) error {
-	initdb := filepath.Join(s.opt.BinDir, "initdb")
-	if s.opt.BinDir == "" {
-		var err error
-		if initdb, err = find(major, "initdb"); err != nil {
+	if s.opt.BinDir == "" { // the data does not tell yet
+		initdb, err := find(major, "initdb")
+		if err != nil {
 			return err
 		}
 		s.opt.BinDir = filepath.Dir(initdb)
@@ -205,6 +204,9 @@ func (s *Sandbox) settings(major int, c Control) map[string]string {
 		"log_timezone":               "UTC",
 		"timezone":                   "UTC",
 		"lc_messages":                "C",
+	}
+	if major >= 15 {
+		set["allow_in_place_tablespaces"] = "on" // where the source had any, replay makes them again
 	}
 	if major >= 17 {
 		set["event_triggers"] = "off"
