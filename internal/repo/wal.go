@@ -84,26 +84,12 @@ func (r *Repo) CheckWAL(ctx context.Context, a Archive, n pg.WALName) error {
 // of the file that was archived. It fails with store.ErrNotExist where the store
 // says that there is no such object.
 func (r *Repo) ReadWAL(ctx context.Context, a Archive, n pg.WALName, w io.Writer) error {
-	have := sha256.New()
-	sum, err := r.CopyWAL(ctx, a, n, io.MultiWriter(w, have))
-	if err == nil && !bytes.Equal(have.Sum(nil), sum) {
-		err = wrap("read", a.key(n), fmt.Errorf("content is not what was archived: %w", fail.Corrupt))
-	}
-	return err
-}
-
-// CopyWAL is ReadWAL for a caller who compares the SHA-256 of what w got with
-// the one that is returned, by the time that it is used.
-func (r *Repo) CopyWAL(ctx context.Context, a Archive, n pg.WALName, w io.Writer) (sum []byte, err error) {
 	o, err := r.openWAL(ctx, a, n)
 	if err == nil {
 		defer o.Close()
 		err = r.copyWAL(o, w)
 	}
-	if err != nil {
-		return nil, wrap("read", a.key(n), err)
-	}
-	return o.header.Sum, nil
+	return wrap("read", a.key(n), err)
 }
 
 func (r *Repo) copyWAL(o *walObject, w io.Writer) (err error) {
@@ -118,14 +104,14 @@ func (r *Repo) copyWAL(o *walObject, w io.Writer) (err error) {
 		return o.why(err)
 	}
 	defer plain.Close()
-	sink := &sink{w: w}
-	size, err := io.Copy(sink, io.LimitReader(plain, o.header.Size+1))
+	sum, sink := sha256.New(), &sink{w: w}
+	size, err := io.Copy(io.MultiWriter(sink, sum), io.LimitReader(plain, o.header.Size+1))
 	switch {
 	case sink.err != nil:
 		return fmt.Errorf("store it here: %w", sink.err)
 	case err != nil:
 		return o.why(err)
-	case size != o.header.Size:
+	case size != o.header.Size || !bytes.Equal(sum.Sum(nil), o.header.Sum):
 		return fmt.Errorf("content is not what was archived: %w", fail.Corrupt)
 	}
 	return o.finish()

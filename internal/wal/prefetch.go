@@ -17,6 +17,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/zeebo/xxh3"
+
 	"github.com/pgkeep/pgkeep/internal/durable"
 	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/repo"
@@ -157,14 +159,15 @@ func (sh *shelf) fetch(ctx context.Context, f Fetcher, r *repo.Repo, s Server, n
 		return err
 	}
 	defer sh.wal.Remove(part) // gone already, once renamed
-	sum, err := r.CopyWAL(ctx, s.archive(f.Cluster), n, file)
+	have := xxh3.New()
+	err = read(ctx, r, s.archive(f.Cluster), n, s, io.MultiWriter(file, have))
 	if err == nil {
 		err = file.Sync() // before it gets its label
 	}
 	if err := errors.Join(err, file.Close()); err != nil {
 		return err
 	}
-	return sh.wal.Rename(part, path.Join(shelfDir, sh.label(n, sum)))
+	return sh.wal.Rename(part, path.Join(shelfDir, sh.label(n, digest(have))))
 }
 
 // unchanged reports whether the shelf is still that of the data directory, and
@@ -187,8 +190,8 @@ func (f Fetcher) unchanged(sh *shelf, lock *os.File) bool {
 }
 
 // A shelf holds segments that were fetched ahead. Each is a file whose name
-// says what it is: the segment, its SHA-256 as the archive has signed it, and
-// whose it is and from where (see owner). Nothing on it is believed: a file is
+// says what it is: the segment, its digest, and whose it is and from where (see
+// owner). Nothing on it is believed: a file is
 // compared with its name when it is used.
 type shelf struct {
 	wal   *os.Root // pg_wal
@@ -235,6 +238,13 @@ func (f Fetcher) owner(s Server) (string, error) {
 // label is the name of a segment's file on the shelf.
 func (sh *shelf) label(n pg.WALName, sum []byte) string {
 	return fmt.Sprintf("%v-%x-%s", n, sum, sh.owner)
+}
+
+// digest is XXH3-128: the SHA-256 was compared at the download, and takes ten
+// times as long. What is looked for between then and the use is damage.
+func digest(h *xxh3.Hasher) []byte {
+	sum := h.Sum128().Bytes()
+	return sum[:]
 }
 
 // unlabel is the reverse of label. It is false for other files, and for those of
@@ -447,7 +457,7 @@ func (sh *shelf) verify(name string, n pg.WALName, s Server, sum []byte) error {
 		return err
 	}
 	defer file.Close()
-	have := sha256.New()
+	have := xxh3.New()
 	p := &peek{w: have}
 	if _, err := io.CopyBuffer(p, io.LimitReader(file, int64(s.SegmentSize)+1), make([]byte, 256<<10)); err != nil {
 		return err
@@ -455,7 +465,7 @@ func (sh *shelf) verify(name string, n pg.WALName, s Server, sum []byte) error {
 	if err := checkHead(n, s, p.head, p.size); err != nil {
 		return err
 	}
-	if !bytes.Equal(have.Sum(nil), sum) {
+	if !bytes.Equal(digest(have), sum) {
 		return fmt.Errorf("%s: not what was fetched", name)
 	}
 	return nil
