@@ -212,8 +212,11 @@ func (c call) do(ctx context.Context, environ []string, out, errw io.Writer) err
 		return err
 	}
 	c.file = cfg.File()
-	if c.cluster, err = clusterOf(cfg, c.cluster); err != nil {
-		return err
+	// A restore knows the cluster's name, and may have nothing else of it.
+	if c.verb == push || c.verb == claim || c.cluster == "" {
+		if c.cluster, err = clusterOf(cfg, c.cluster); err != nil {
+			return err
+		}
 	}
 	switch c.verb {
 	case push:

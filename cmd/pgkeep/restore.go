@@ -21,18 +21,24 @@ import (
 func restoreCommand(e *env) *cli.Command {
 	return &cli.Command{
 		Name:      "restore",
-		Usage:     "restore a database of a logical backup",
-		ArgsUsage: "BACKUP",
+		Usage:     "restore a cluster to any moment, or a database of a logical backup",
+		ArgsUsage: "[BACKUP]",
 		Category:  backups,
-		Description: "BACKUP is an id, the beginning of one, or \"latest\". The database is made, if it\n" +
-			"is not there; one that holds something is refused. The target is the backup's\n" +
-			"own cluster, another one of the configuration, or any server. Repository, key\n" +
-			"and this program are all it takes.\n\n" + examples(
-			"pgkeep restore --database shop --to shop2 --dry-run latest", "what it does",
-			"pgkeep restore --database shop --to shop2 latest", "do it",
+		Description: "With --target-dir, a data directory is made of a physical backup and the archived\n" +
+			"log: the newest backup that leads to the moment, if none is named. What cannot be\n" +
+			"reached is refused before anything is written. The server recovers when it is\n" +
+			"started.\n\n" +
+			"Else BACKUP is a logical one: an id, the beginning of one, or \"latest\". The\n" +
+			"database is made, if it is not there; one that holds something is refused. It goes\n" +
+			"to the backup's own cluster, another one of the configuration, or any server.\n\n" +
+			"Repository, key and this program are all it takes.\n\n" + examples(
+			"pgkeep restore --target-dir /srv/pg/restored --dry-run", "what it does",
+			"pgkeep restore --target-dir /srv/pg/restored", "all there is",
+			"pgkeep restore --target-dir /srv/pg/restored --to-time '2026-11-22 10:00:00 Europe/Berlin'", "as of then",
+			"pgkeep restore --database shop --to shop2 latest", "one database",
 			"pgkeep restore --target 'host=db2 user=me' 20261122", "elsewhere",
 			"pgkeep restore --globals latest > roles.sql", "for psql"),
-		Flags: []cli.Flag{
+		Flags: append(dirFlags(), []cli.Flag{
 			clusterFlag(),
 			&cli.StringFlag{Name: "database", Usage: "database `NAME` of the backup, if it holds several"},
 			&cli.StringFlag{Name: "to", Usage: "into database `NAME`; else under its own name"},
@@ -48,8 +54,17 @@ func restoreCommand(e *env) *cli.Command {
 			boolFlag("dry-run", "say what would be done, and do nothing"),
 			boolFlag("globals", "print the SQL of roles and tablespaces, only"),
 			jsonFlag(),
-		},
+		}...),
 		Action: func(c *cli.Context) error {
+			if err := ofOneKind(c); err != nil {
+				return err
+			}
+			if c.IsSet("target-dir") {
+				return e.restoreDir(c.Context, dirOptionsOf(c))
+			}
+			if c.NArg() == 0 {
+				return fail.Hint(config.Errorf("BACKUP is missing"), "name a logical backup, or give --target-dir for a whole cluster")
+			}
 			return e.restore(c.Context, restoreOptions{
 				Cluster: c.String("cluster"), Backup: c.Args().First(), Database: c.String("database"), To: c.String("to"),
 				TargetCluster: c.String("target-cluster"), Target: c.String("target"), PasswordFile: c.String("target-password-file"),
@@ -94,7 +109,7 @@ func (e *env) restore(ctx context.Context, opt restoreOptions) error {
 	if err := opt.check(); err != nil {
 		return err
 	}
-	r, b, err := e.theBackup(ctx, opt.Cluster, opt.Backup)
+	r, b, err := e.theBackup(ctx, opt.Cluster, opt.Backup, repo.Logical)
 	if err != nil {
 		return err
 	}

@@ -32,8 +32,8 @@ func (e *env) repository(ctx context.Context) (*config.Config, *repo.Repo, error
 }
 
 // theBackup opens the repository and finds a backup in it, whatever state that
-// is in.
-func (e *env) theBackup(ctx context.Context, cluster, what string) (*repo.Repo, repo.Listed, error) {
+// is in. The latest is the latest of one of these kinds; none means any.
+func (e *env) theBackup(ctx context.Context, cluster, what string, kinds ...repo.Kind) (*repo.Repo, repo.Listed, error) {
 	cfg, r, err := e.repository(ctx)
 	if err != nil {
 		return nil, repo.Listed{}, err
@@ -44,6 +44,9 @@ func (e *env) theBackup(ctx context.Context, cluster, what string) (*repo.Repo, 
 	all, err := r.Backups(ctx, cluster)
 	if err != nil {
 		return nil, repo.Listed{}, err
+	}
+	if what == latest && len(kinds) > 0 {
+		all = slices.DeleteFunc(all, func(b repo.Listed) bool { return b.Kind != "" && !slices.Contains(kinds, b.Kind) })
 	}
 	b, err := pick(all, what)
 	if err != nil {

@@ -158,6 +158,18 @@ func moments(wall time.Time, place *time.Location) (found []time.Time) {
 	return found
 }
 
+// ParseLSN reads a position as PostgreSQL prints it, "16/B374D848".
+func ParseLSN(s string) (pg.LSN, error) {
+	l, err := pg.ParseLSN(s)
+	if err == nil && l == 0 {
+		err = fmt.Errorf("no position")
+	}
+	if err != nil {
+		return 0, fail.Hint(fmt.Errorf("position %q: %w: %w", s, err, fail.BadConfig), "positions look like 16/B374D848, as pg_current_wal_lsn() shows them")
+	}
+	return l, nil
+}
+
 // ParseXID reads the number of a transaction as PostgreSQL's log and its
 // functions print it. The epoch that some of them put above 32 bits is dropped.
 func ParseXID(s string) (uint32, error) {
