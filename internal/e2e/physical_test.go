@@ -98,6 +98,18 @@ func (r *rig) opened(args ...string) {
 		r.t.Fatalf("pgkeep %s: %v\n%s", strings.Join(args, " "), err, out)
 	}
 	copied := lab.PostgresForTest(r.t, lab.PostgresOptions{Dir: dir})
+	conn, err := copied.Connect(r.t.Context(), "postgres")
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	defer conn.Close(r.t.Context())
+	r.until("recovery ends", func() bool {
+		var recovering bool
+		if err := conn.QueryRow(r.t.Context(), "SELECT pg_is_in_recovery()").Scan(&recovering); err != nil {
+			r.t.Fatal(err)
+		}
+		return !recovering
+	})
 	want, err := lab.Fingerprint(r.t.Context(), r.pg.Conninfo()+" dbname=app")
 	if err != nil {
 		r.t.Fatal(err)
