@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -187,4 +188,112 @@ func TestCopyOfALiveClusterStarts(t *testing.T) {
 	if err := conn.QueryRow(ctx, "SELECT (SELECT count(*) FROM t), (SELECT count(*) FROM u)").Scan(&n, &u); err != nil || n != 10000 || u != 0 {
 		t.Errorf("%d rows, %d unlogged, %v; want 10000, 0", n, u, err)
 	}
+}
+
+// A page that was damaged on disk is named by file and block, and copied as it
+// is; pg_checksums names the same one.
+func TestDamagedPageOfALiveClusterIsNamed(t *testing.T) {
+	ctx := t.Context()
+	p := lab.PostgresForTest(t, lab.PostgresOptions{Version: 15, Dir: lab.DirForTest(t)})
+	exec(t, p, "CREATE TABLE t AS SELECT n, repeat('x', 100) AS x FROM generate_series(1, 10000) n", "CHECKPOINT")
+	conn, err := p.Connect(ctx, "postgres")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(ctx)
+	var name string
+	if err := conn.QueryRow(ctx, "SELECT pg_relation_filepath('t')").Scan(&name); err != nil {
+		t.Fatal(err)
+	}
+	if k := takeCopy(t, p, pgdata.Options{}); len(k.damaged) > 0 {
+		t.Fatalf("damaged before anything was damaged: %v", k.damaged)
+	}
+	f, err := os.OpenFile(filepath.Join(p.DataDir, name), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, block := range []int64{3, 77} {
+		if _, err := f.WriteAt([]byte("damage"), block*8192+6000); err != nil {
+			t.Fatal(err)
+		}
+	}
+	k := takeCopy(t, p, pgdata.Options{})
+	if want := map[string][]int64{"data/" + name: {3, 77}}; !maps.EqualFunc(k.damaged, want, slices.Equal) {
+		t.Errorf("damaged %v, want %v", k.damaged, want)
+	}
+	b, err := os.ReadFile(filepath.Join(k.dir, "data", name))
+	if err != nil || string(b[3*8192+6000:][:6]) != "damage" {
+		t.Errorf("the page is not as it was: %v", err)
+	}
+	conn.Close(ctx)
+	if err := p.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	out, err := p.Command(ctx, "pg_checksums", "--check", "-D", p.DataDir).CombinedOutput()
+	if err == nil || strings.Count(string(out), "checksum verification failed") != 2 || !strings.Contains(string(out), "block 3:") || !strings.Contains(string(out), "block 77:") {
+		t.Errorf("pg_checksums: %v: %s", err, out)
+	}
+}
+
+// A standby is copied while its primary is written to. What makes the copy whole
+// is the primary's log up to the end that pg_control names.
+func TestCopyOfAStandbyStarts(t *testing.T) {
+	ctx := t.Context()
+	p := lab.PostgresForTest(t, lab.PostgresOptions{Version: 15, Settings: map[string]string{"wal_keep_size": "4GB"}, WALSegmentMB: 1})
+	exec(t, p, "CREATE TABLE ledger(n int PRIMARY KEY)", "CREATE EXTENSION amcheck")
+	if out, err := p.Command(ctx, "pgbench", "-h", runDir(p), "-U", "postgres", "-i", "-q", "-s", "1", "postgres").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	dir := lab.DirForTest(t)
+	if out, err := p.Command(ctx, "pg_basebackup", "-d", p.Conninfo(), "-D", filepath.Join(dir, "data"), "-c", "fast", "-R").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	standby := lab.PostgresForTest(t, lab.PostgresOptions{Version: 15, Dir: dir})
+	load := startLoad(t, p)
+	k := takeCopy(t, standby, pgdata.Options{})
+	load.stop()
+	if !k.start.InRecovery || len(k.damaged) > 0 {
+		t.Errorf("in recovery %v, damaged %v", k.start.InRecovery, k.damaged)
+	}
+	r := k.restore(t, p, lab.PostgresOptions{Version: 15})
+	conn, err := r.Connect(ctx, "postgres")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(ctx)
+	var holes, differ int
+	err = conn.QueryRow(ctx, `SELECT (SELECT max(n) - count(*) FROM ledger),
+		(SELECT sum(abalance) FROM pgbench_accounts) - (SELECT sum(delta) FROM pgbench_history)`).Scan(&holes, &differ)
+	if err != nil || holes != 0 || differ != 0 {
+		t.Errorf("%d rows are missing, balances differ by %d, %v", holes, differ, err)
+	}
+	sound(t, r)
+}
+
+// Two backups at once do not disturb each other, and neither leaves anything in
+// the data directory.
+func TestC7ConcurrentCopiesBothStart(t *testing.T) {
+	ctx := t.Context()
+	p := lab.PostgresForTest(t, lab.PostgresOptions{Version: 15, Settings: map[string]string{"wal_keep_size": "1GB"}})
+	exec(t, p, "CREATE TABLE t AS SELECT 1 AS n")
+	other, err := (cluster.Cluster{Conninfo: p.Conninfo()}).StartBackup(ctx, "another", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Abort()
+	k := takeCopy(t, p, pgdata.Options{})
+	if strings.Contains(k.stop.Label, "another") {
+		t.Errorf("the label is %q", k.stop.Label)
+	}
+	if _, err := other.Stop(ctx); err != nil {
+		t.Error(err)
+	}
+	for _, name := range []string{"backup_label", "tablespace_map"} {
+		if _, err := os.Stat(filepath.Join(p.DataDir, name)); err == nil {
+			t.Errorf("%s is in the data directory", name)
+		}
+	}
+	r := k.restore(t, p, lab.PostgresOptions{Version: 15})
+	exec(t, r, "SELECT n FROM t")
 }

@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/pgdata"
 )
@@ -428,5 +430,42 @@ func BenchmarkReadPages(b *testing.B) {
 			}
 		}
 		s.Close()
+	}
+}
+
+// What PostgreSQL works with stays in memory, and what nobody had there is not
+// put there by a backup.
+func TestReadingLeavesThePageCacheAsItWas(t *testing.T) {
+	dir := forge(t)
+	var content []byte
+	for i := range uint32(160) { // ten times 128 KiB
+		content = append(content, page(i, 1, byte(i))...)
+	}
+	put(t, dir, "base/5/16384", string(content))
+	f, err := os.OpenFile(filepath.Join(dir, "base/5/16384"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := errors.Join(f.Sync(), unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Contains(pgdata.Cold(f, int64(len(content))), true) {
+		t.Log("files of this file system are always in memory")
+		return
+	}
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_RANDOM); err != nil { // no reading ahead
+		t.Fatal(err)
+	}
+	if _, err := f.ReadAt(make([]byte, 8192), 4*128<<10); err != nil {
+		t.Fatal(err)
+	}
+	before := pgdata.Cold(f, int64(len(content)))
+	if _, damaged := readFile(t, open(t, dir, pgdata.Options{}), "data/base/5/16384", check); damaged != nil {
+		t.Errorf("damaged: %v", damaged)
+	}
+	after := pgdata.Cold(f, int64(len(content)))
+	if !slices.Equal(before, after) || before[4] || !before[5] {
+		t.Errorf("not in memory before: %v\nafter: %v", before, after)
 	}
 }
