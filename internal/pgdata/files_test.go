@@ -490,6 +490,41 @@ func TestAFileSystemThatIsGoneIsNoDroppedTable(t *testing.T) {
 			}
 		})
 	}
+	t.Run("another cluster in its place", func(t *testing.T) {
+		dir, _, d := setup(t)
+		unmount(t, dir)
+		put(t, dir, "PG_VERSION", "15\n")
+		put(t, dir, "global/pg_control", string(control(t)))
+		if err := d.Present(); !errors.Is(err, fail.FilesLost) {
+			t.Errorf("Present: %v", err)
+		}
+	})
+	t.Run("emptied tablespace", func(t *testing.T) {
+		_, away, d := setup(t)
+		if err := os.RemoveAll(filepath.Join(away, version)); err != nil {
+			t.Fatal(err)
+		}
+		_, err := d.OpenFile(t.Context(), pgdata.File{Path: "tablespaces/16399/" + version + "/5/16400", Size: 1}, pgdata.PageCheck{})
+		if !errors.Is(err, fail.FilesLost) {
+			t.Errorf("OpenFile: %v", err)
+		}
+	})
+	t.Run("emptied while it is listed", func(t *testing.T) {
+		dir, _, d := setup(t)
+		put(t, dir, "base/1/16385", "x")
+		var err error
+		for f, ferr := range d.Files(t.Context()) {
+			err = ferr
+			if f.Path == "data/base/1/16384" {
+				if err := errors.Join(os.RemoveAll(filepath.Join(dir, "base")), os.Remove(filepath.Join(dir, "PG_VERSION"))); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if !errors.Is(err, fail.FilesLost) {
+			t.Errorf("Files: %v", err)
+		}
+	})
 	t.Run("dropped tablespace", func(t *testing.T) {
 		dir, away, d := setup(t)
 		if err := errors.Join(os.RemoveAll(filepath.Join(away, version)), os.Remove(filepath.Join(dir, "pg_tblspc/16399"))); err != nil {

@@ -61,7 +61,7 @@ func judge(dir, name, logs string) verdict {
 	if dir == "global" && name == "pg_control" {
 		return skip // it comes last
 	}
-	if holdsRelations(dir) && (isTemporary(name)) {
+	if holdsRelations(dir) && isTemporary(name) {
 		return skip
 	}
 	return keep

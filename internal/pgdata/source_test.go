@@ -208,20 +208,22 @@ func TestReadingStopsAtTheSizeThatWasListed(t *testing.T) {
 		{3 * 8192, 8192 + 100, 8192 + 100}, // shrunk, not by whole pages
 		{3 * 8192, 0, 0},                   // emptied
 	} {
-		s, err := d.OpenFile(t.Context(), pgdata.File{Path: "data/base/5/16384", Size: tt.listed}, check)
-		if err != nil {
-			t.Fatal(err)
+		for _, check := range []pgdata.PageCheck{check, {}} {
+			s, err := d.OpenFile(t.Context(), pgdata.File{Path: "data/base/5/16384", Size: tt.listed}, check)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Truncate(filepath.Join(dir, "base/5/16384"), tt.now); err != nil {
+				t.Fatal(err)
+			}
+			b := make([]byte, 3*8192)
+			n, err := s.ReadAt(b, 0)
+			if int64(n) != tt.want || n < len(b) && err != io.EOF || !bytes.Equal(b[:n], whole[:n]) || s.Damaged() != nil {
+				t.Errorf("listed %d, now %d: %d bytes, %v, damaged %v; want %d", tt.listed, tt.now, n, err, s.Damaged(), tt.want)
+			}
+			s.Close()
+			put(t, dir, "base/5/16384", string(whole))
 		}
-		if err := os.Truncate(filepath.Join(dir, "base/5/16384"), tt.now); err != nil {
-			t.Fatal(err)
-		}
-		b := make([]byte, 3*8192)
-		n, err := s.ReadAt(b, 0)
-		if int64(n) != tt.want || n < len(b) && err != io.EOF || !bytes.Equal(b[:n], whole[:n]) || s.Damaged() != nil {
-			t.Errorf("listed %d, now %d: %d bytes, %v, damaged %v; want %d", tt.listed, tt.now, n, err, s.Damaged(), tt.want)
-		}
-		s.Close()
-		put(t, dir, "base/5/16384", string(whole))
 	}
 }
 
