@@ -59,6 +59,7 @@ type site struct {
 	pg     *lab.Postgres // the primary of the moment
 	seq    int           // rows written so far
 	backup int
+	space  string // OID of the tablespace
 }
 
 // newSite makes a cluster with a tablespace and a table, the ledger.
@@ -101,6 +102,7 @@ clusters: {main: {conninfo: "host=/nowhere"}}
 		"CREATE TABLESPACE elsewhere LOCATION '"+space+"'",
 		"CREATE TABLE far (i int) TABLESPACE elsewhere",
 		"INSERT INTO far SELECT generate_series(1, 1000)")
+	s.space = query[string](t, s.pg, "SELECT oid::text FROM pg_tablespace WHERE spcname = 'elsewhere'")
 	return s
 }
 
@@ -241,7 +243,7 @@ func (s *site) physical(name string, target restore.Target) restore.Physical {
 	s.t.Helper()
 	dir := s.mkdir(name)
 	return restore.Physical{Repo: s.repo, Cluster: "main", Target: target, Action: restore.Promote, Dir: filepath.Join(dir, "data"),
-		Tablespaces: map[string]string{filepath.Join(s.dir, "space"): filepath.Join(dir, "space")},
+		Tablespaces: map[string]string{s.space: filepath.Join(dir, "space")},
 		Fetch:       []string{program, "fetch", "--timeout", "5s", "--config", s.config, "--cluster", "main"}}
 }
 

@@ -38,32 +38,37 @@ type setting struct{ name, value string }
 // another file says about recovery does not count.
 func (p Physical) recoverySettings(res Resolved) []setting {
 	t := p.Target
-	set := []setting{
-		{"restore_command", p.fetchCommand(res)},
-		{"recovery_target", ""}, {"recovery_target_time", ""}, {"recovery_target_lsn", ""}, {"recovery_target_xid", ""}, {"recovery_target_name", ""},
-		{"recovery_target_inclusive", onOff(!t.Exclusive)},
-		{"recovery_target_timeline", fmt.Sprint(uint32(res.Timeline))}, // the very one: "latest" is the newest that can be read just then
-		{"recovery_target_action", string(p.Action)},
-		{"recovery_end_command", ""}, {"archive_cleanup_command", ""},
-	}
-	put := func(name, value string) {
-		i := slices.IndexFunc(set, func(s setting) bool { return s.name == name })
-		set[i].value = value
-	}
+	target := setting{}
 	switch t.Kind {
 	case Immediate:
-		put("recovery_target", "immediate")
+		target = setting{"recovery_target", "immediate"}
 	case ToTime:
-		put("recovery_target_time", instant(t.Time))
+		target = setting{"recovery_target_time", instant(t.Time)}
 	case ToLSN:
-		put("recovery_target_lsn", t.LSN.String())
+		target = setting{"recovery_target_lsn", t.LSN.String()}
 	case ToXID:
-		put("recovery_target_xid", fmt.Sprint(t.XID))
+		target = setting{"recovery_target_xid", fmt.Sprint(t.XID)}
 	case ToName:
-		put("recovery_target_name", t.Name)
+		target = setting{"recovery_target_name", t.Name}
 	}
+	timeline := fmt.Sprint(uint32(res.Timeline)) // the very one: "latest" is the newest that can be read just then
 	if p.Standby {
-		put("recovery_target_timeline", "latest")
+		timeline = "latest"
+	}
+	set := []setting{
+		{"restore_command", p.fetchCommand(res)},
+		{"recovery_end_command", ""}, {"archive_cleanup_command", ""},
+		{"recovery_target_timeline", timeline},
+		{"recovery_target_action", string(p.Action)},
+		{"recovery_target_inclusive", onOff(!t.Exclusive)},
+	}
+	for _, name := range []string{"recovery_target", "recovery_target_time", "recovery_target_lsn", "recovery_target_xid", "recovery_target_name"} {
+		if name != target.name {
+			set = append(set, setting{name, ""})
+		}
+	}
+	if target.name != "" {
+		set = append(set, target) // last: to set even an empty one behind it would be a second target
 	}
 	if p.Takeover {
 		return set
