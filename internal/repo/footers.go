@@ -37,13 +37,20 @@ func newFooters(r *Repo, limit int64) *footers {
 
 // get returns the directory of p, which is not to be changed.
 func (c *footers) get(ctx context.Context, p Pack) (*footer, error) {
-	c.mu.Lock()
-	if el, ok := c.byKey[p.Key]; ok {
+	for {
+		c.mu.Lock()
+		el, ok := c.byKey[p.Key]
+		if !ok {
+			break
+		}
 		c.order.MoveToFront(el)
 		c.mu.Unlock()
 		h := el.Value.(*heldFooter)
 		select {
 		case <-h.done:
+			if ctx.Err() == nil && (errors.Is(h.err, context.Canceled) || errors.Is(h.err, context.DeadlineExceeded)) {
+				continue // who read it was stopped; that says nothing about the pack
+			}
 			return h.foot, h.err
 		case <-ctx.Done():
 			return nil, ctx.Err()

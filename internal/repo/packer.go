@@ -234,7 +234,7 @@ func (p *packer) frame(ctx context.Context, st *chunkState) error {
 		return err
 	}
 	p.pending.reset()
-	if p.b.buf.Len() >= p.w.opt.PackSize || len(p.b.foot.Frames) >= packFrames {
+	if p.b.buf.Len() >= p.w.opt.PackSize || p.b.plain >= packContent || len(p.b.foot.Frames) >= packFrames {
 		return p.flush(ctx)
 	}
 	return nil

@@ -209,7 +209,6 @@ func oldFor(p string) time.Duration {
 // An attempt is a pack that an earlier attempt of the same backup stored.
 type attempt struct {
 	pack        Pack
-	number      int
 	first, last string // paths of files
 }
 
@@ -236,7 +235,7 @@ func (w *Writer) findAttempts(ctx context.Context) (found []attempt, highest int
 				return err
 			}
 			if err == nil && foot.Backup == string(w.opt.ID) && len(foot.Files) > 0 && foot.inOrder() {
-				reads[i] = &attempt{pack, foot.Number, foot.Files[0].Path, foot.Files[len(foot.Files)-1].Path}
+				reads[i] = &attempt{pack, foot.Files[0].Path, foot.Files[len(foot.Files)-1].Path}
 				seeds[i] = foot.Seed
 				w.feet.put(o.Key, foot)
 			}

@@ -101,7 +101,7 @@ func (u *unpacker) ranges(ctx context.Context, w packWork, foot *footer, spans [
 			at += size
 		}
 	}
-	u.done(src.read)
+	u.done(src.read, w.pack.Size)
 	return nil
 }
 

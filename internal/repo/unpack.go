@@ -113,16 +113,16 @@ func (u *unpacker) pack(ctx context.Context, w packWork) error {
 			return err
 		}
 	}
-	u.done(p.Size)
+	u.done(p.Size, p.Size)
 	return nil
 }
 
-// done counts a pack that was read, or what was read of it.
-func (u *unpacker) done(n int64) {
+// done counts a pack of size bytes that is done with, and what was read of it.
+func (u *unpacker) done(read, size int64) {
 	u.re.mu.Lock()
-	u.re.rep.Stored += n
+	u.re.rep.Stored += read
 	u.re.mu.Unlock()
-	u.re.progress(n)
+	u.re.progress(size)
 }
 
 // frames opens every frame. Where nothing is written, every block is compared;

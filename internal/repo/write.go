@@ -136,13 +136,14 @@ type Writer struct {
 }
 
 const (
-	chunkBlocks = 4096     // of a file, that one reader takes at a time: 32 MiB
-	readSize    = 1 << 20  // bytes read at a time
-	packFrames  = 8192     // a pack is sent at so many frames: its directory is held in memory
-	feetMemory  = 48 << 20 // bytes of directories of packs kept for comparing
-	strideFiles = 16 << 10 // what is begun before all that is begun is ended, in files …
-	chunkWeight = 4        // … of which a chunk counts for as many
-	spareShare  = 20       // of what the prior holds, 1/20 may be stored anew to keep layers few and young
+	chunkBlocks = 4096      // of a file, that one reader takes at a time: 32 MiB
+	readSize    = 1 << 20   // bytes read at a time
+	packFrames  = 8192      // a pack is sent at so many frames, for its directory is held in memory, …
+	packContent = 128 << 20 // … and at so many bytes of content, for who reads it back takes a pack at a time
+	feetMemory  = 48 << 20  // bytes of directories of packs kept for comparing
+	strideFiles = 16 << 10  // what is begun before all that is begun is ended, in files …
+	chunkWeight = 4         // … of which a chunk counts for as many
+	spareShare  = 20        // of what the prior holds, 1/20 may be stored anew to keep layers few and young
 )
 
 // Begin looks for what is stored already. Where the same backup's upload is
