@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"filippo.io/age"
+
 	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/store"
@@ -79,6 +81,9 @@ func take(r *repo.Repo, d disk, n int, pins ...int) (repo.Manifest, repo.Progres
 func intend(r *repo.Repo, n int, pins ...int) error {
 	in := repo.Intent{Ref: repo.Ref{Cluster: "main", ID: backupID(n)}, Kind: repo.Physical, StartedAt: now}
 	for _, pin := range pins {
+		if pin < 0 { // before the first
+			continue
+		}
 		in.Pins = append(in.Pins, backupID(pin))
 	}
 	_, err := r.WriteIntent(ctx, in, func() time.Time { return now })
@@ -185,4 +190,13 @@ func TestNothingChangedSendsNothing(t *testing.T) {
 	if err != nil || !maps.EqualFunc(got, d, bytes.Equal) {
 		t.Errorf("restored %v, %v", slices.Sorted(maps.Keys(got)), err)
 	}
+}
+
+func newIdentity(t *testing.T) *age.X25519Identity {
+	t.Helper()
+	id, err := age.GenerateX25519Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
 }
