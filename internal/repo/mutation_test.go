@@ -37,7 +37,7 @@ func TestDamageNeverGivesAWrongByte(t *testing.T) {
 		good := objects(t, b.st)
 		keys := slices.Sorted(maps.Keys(good))
 		packs := slices.DeleteFunc(slices.Clone(keys), func(k string) bool { return !strings.HasSuffix(k, ".pack") })
-		for range 200 {
+		for range 150 {
 			bad, what := maps.Clone(good), ""
 			for range 1 + rnd.IntN(3) {
 				from := keys

@@ -14,7 +14,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/store/dir"
 )
 
-var scale = flag.Int64("scale", 1, "how many times 50,000 small files and 5 GB of holes; 20 makes a million, and 100 GB")
+var scale = flag.Int64("scale", 1, "how many times 20,000 small files and 2 GB of holes; 50 makes a million, and 100 GB")
 
 // island is a file of zeros with some pages in the middle.
 type island struct {
@@ -44,7 +44,7 @@ func peak() (stop func() (bytes uint64)) {
 			select {
 			case <-done:
 				return
-			case <-time.After(20 * time.Millisecond):
+			case <-time.After(50 * time.Millisecond):
 			}
 		}
 	})
@@ -59,7 +59,7 @@ func TestMemoryDoesNotGrow(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := setup(t, st, true)
-	small, large := 50_000**scale, *scale*5<<30
+	small, large := 20_000**scale, *scale*2<<30
 	files := func(yield func(repo.File, error) bool) {
 		for n := range small {
 			if !yield(repo.File{Path: fmt.Sprintf("data/base/%04d/%07d", n/1000, n), Mode: 0o600, Size: 20}, nil) {
