@@ -423,7 +423,7 @@ func (s *side) damage(d damage) (repair func() error, err error) {
 var (
 	prefix = regexp.MustCompile(`^\d{4}-\d\d-\d\d [0-9:.]+ (UTC \[\d+\] |P\d\d +)`)
 	// What ends a recovery, beside a file that is not there, is told as LOG.
-	ends = regexp.MustCompile(`^(LOG: +(archive recovery complete|WAL file is from|.*checksum|.*pageaddr|invalid|record with)|FATAL: +could not)`)
+	ends = regexp.MustCompile(`^(LOG: +(archive recovery complete|WAL file is from|.*checksum|.*pageaddr|invalid (record|magic|info|resource)|record with)|FATAL: +could not)`)
 )
 
 // decisive finds in the server's log what the program said first, and what
