@@ -41,7 +41,8 @@ type Reading struct {
 	// of packs are read of all. Nil: all of them.
 	Packs func(Pack) bool
 	// Entries, when not nil, is told of every entry, in order, before anything
-	// of its part of the list is read or written. Its error ends the reading.
+	// of its part of the list is read or written. Its error ends the reading,
+	// and so does a part that cannot be read: every entry, or an error.
 	Entries func(Entry) error
 	// Readers is how many packs are read at a time; 0: 3.
 	Readers int
@@ -175,6 +176,9 @@ type wantedFrame struct {
 func (re *reader) part(ctx context.Context, id ID, part Part) error {
 	files, packs, err := re.list(ctx, id, part)
 	if err := re.damage(part.Key, err); err != nil {
+		return err
+	}
+	if err != nil && re.opt.Entries != nil {
 		return err
 	}
 	if err != nil {

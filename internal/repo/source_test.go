@@ -136,6 +136,12 @@ func TestHolesAreNotReadAndDamageIsNoted(t *testing.T) {
 	if _, err := b.r.Read(ctx, m.ID, m.Content, repo.Reading{Entries: func(repo.Entry) error { return stop }}); !errors.Is(err, stop) {
 		t.Errorf("err = %v", err)
 	}
+	if err := b.st.Delete(ctx, m.Trees[0].Key); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.r.Read(ctx, m.ID, m.Content, repo.Reading{Want: never, Entries: func(repo.Entry) error { return nil }}); err == nil {
+		t.Error("a list that is lost reads like one without entries")
+	}
 }
 
 func TestFilesOutOfOrderAreRefused(t *testing.T) {
