@@ -27,9 +27,9 @@ func (r *Repo) PriorBytes(ctx context.Context, b Ref) (sum int64, err error) {
 }
 
 // Small returns w with everything cut into small pieces: chunks of two frames,
-// few files, few layers.
+// few files, few layers, one directory of a pack at a time.
 func Small(w Writing) Writing {
-	w.limits = limits{chunk: 32, stride: 20, layers: 4, tree: treeLimits{entries: 4, packs: 6, frames: 40, bytes: 2000}}
+	w.limits = limits{chunk: 32, stride: 20, layers: 4, feet: 1, tree: treeLimits{entries: 4, packs: 6, frames: 40, bytes: 2000}}
 	return w
 }
 

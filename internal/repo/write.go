@@ -57,10 +57,11 @@ type limits struct {
 	chunk  int64 // blocks of a file that one reader takes at a time
 	stride int   // what is begun before all that is begun is ended, in files, of which a chunk counts for chunkWeight
 	layers int   // of a chunk
+	feet   int64 // bytes of directories of packs that are kept for comparing
 	tree   treeLimits
 }
 
-var defaultLimits = limits{chunk: 4096, stride: 16 << 10, layers: 32, tree: treeLimits{entries: 20_000, packs: 1_024, frames: 1 << 18, bytes: 8 << 20}}
+var defaultLimits = limits{chunk: 4096, stride: 16 << 10, layers: 32, feet: feetMemory, tree: treeLimits{entries: 20_000, packs: 1_024, frames: 1 << 18, bytes: 8 << 20}}
 
 // A Source is a file that is being read, by several goroutines.
 //
@@ -140,7 +141,7 @@ const (
 	readSize    = 1 << 20   // bytes read at a time
 	packFrames  = 8192      // a pack is sent at so many frames, for its directory is held in memory, …
 	packContent = 128 << 20 // … and at so many bytes of content, for who reads it back takes a pack at a time
-	feetMemory  = 48 << 20  // bytes of directories of packs kept for comparing
+	feetMemory  = 48 << 20  // bytes of directories of packs that are kept at a time
 	strideFiles = 16 << 10  // what is begun before all that is begun is ended, in files …
 	chunkWeight = 4         // … of which a chunk counts for as many
 	spareShare  = 20        // of what the prior holds, 1/20 may be stored anew to keep layers few and young
@@ -168,7 +169,7 @@ func (r *Repo) Begin(ctx context.Context, w Writing) (*Writer, error) {
 	if w.limits == (limits{}) {
 		w.limits = defaultLimits
 	}
-	wr := &Writer{repo: r, opt: w, feet: newFooters(r, feetMemory), free: make(chan *bytes.Buffer, w.Readers+w.Senders),
+	wr := &Writer{repo: r, opt: w, feet: newFooters(r, w.limits.feet), free: make(chan *bytes.Buffer, w.Readers+w.Senders),
 		packs: make(map[string]bool), uses: make(map[ID]bool)}
 	if wr.to.data, err = r.data(); err != nil {
 		return nil, err
