@@ -97,7 +97,28 @@ func TestProofOfAStrangerCountsForNothing(t *testing.T) {
 	if err := b.open(t, stranger).WriteProof(ctx, p); err != nil {
 		t.Fatal(err)
 	}
+	// Nor does one of ours, under another name.
+	own := proofOf(t, b.r, now.Add(time.Second))
+	if err := b.r.WriteProof(ctx, own); err != nil {
+		t.Fatal(err)
+	}
+	dir := "clusters/main/backups/" + string(ref.ID) + "/proof-"
+	rc, err := b.st.Get(ctx, dir+string(own.Test)+".json", store.Range{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rc.Close()
+	other := repo.NewID(now.Add(2*time.Second), "00000000")
+	if err := b.st.Put(ctx, dir+string(other)+".json", rc, store.PutOptions{}); err != nil {
+		t.Fatal(err)
+	}
 	all, err := b.r.Proofs(ctx, ref)
+	if err == nil && len(all) == 3 {
+		if all[1].Err != nil || !errors.Is(all[2].Err, fail.Corrupt) {
+			t.Errorf("Proofs = %+v", all)
+		}
+		all = all[:1]
+	}
 	if err != nil || len(all) != 1 || !errors.Is(all[0].Err, fail.Untrusted) || all[0].Passed || all[0].Test != p.Test {
 		t.Errorf("Proofs = %+v, %v", all, err)
 	}
