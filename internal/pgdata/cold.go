@@ -2,6 +2,7 @@ package pgdata
 
 import (
 	"os"
+	"slices"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -28,20 +29,17 @@ func coldIn(f *os.File, size int64) cold {
 		return nil
 	}
 	defer unix.Munmap(m)
-	page := int64(os.Getpagesize())
-	there := make([]byte, (size+page-1)/page)
-	_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&m[0])), uintptr(len(m)), uintptr(unsafe.Pointer(&there[0])))
-	if errno != 0 {
-		return nil
-	}
 	c := make(cold, (size+granule-1)/granule)
+	page := os.Getpagesize()
+	there := make([]byte, granule/page)
 	for i := range c {
-		c[i] = true
-	}
-	for i, t := range there {
-		if t&1 != 0 {
-			c[int64(i)*page/granule] = false
+		part := m[i*granule : min((i+1)*granule, len(m))]
+		pages := there[:(len(part)+page-1)/page]
+		_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&part[0])), uintptr(len(part)), uintptr(unsafe.Pointer(&pages[0])))
+		if errno != 0 {
+			return nil
 		}
+		c[i] = !slices.ContainsFunc(pages, func(b byte) bool { return b&1 != 0 })
 	}
 	return c
 }
