@@ -220,11 +220,11 @@ func configFiles(ctx context.Context, conn *pgx.Conn) (files []string, logs stri
 	if err != nil {
 		return nil, "", err
 	}
-	included := []string{"SELECT DISTINCT sourcefile FROM pg_file_settings WHERE has_function_privilege('pg_show_all_file_settings()', 'EXECUTE')"}
+	included := []string{"SELECT DISTINCT sourcefile FROM pg_file_settings WHERE sourcefile IS NOT NULL AND has_function_privilege('pg_show_all_file_settings()', 'EXECUTE')"}
 	if server(conn).Major() >= 16 {
 		included = append(included,
-			"SELECT DISTINCT file_name FROM pg_hba_file_rules WHERE has_function_privilege('pg_hba_file_rules()', 'EXECUTE')",
-			"SELECT DISTINCT file_name FROM pg_ident_file_mappings WHERE has_function_privilege('pg_ident_file_mappings()', 'EXECUTE')")
+			"SELECT DISTINCT file_name FROM pg_hba_file_rules WHERE file_name IS NOT NULL AND has_function_privilege('pg_hba_file_rules()', 'EXECUTE')",
+			"SELECT DISTINCT file_name FROM pg_ident_file_mappings WHERE file_name IS NOT NULL AND has_function_privilege('pg_ident_file_mappings()', 'EXECUTE')")
 	}
 	for _, query := range included {
 		more, err := includedFiles(ctx, conn, query)

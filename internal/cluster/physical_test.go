@@ -341,3 +341,31 @@ func TestBackupOfAStandbyNeedsFullPagesFromThePrimary(t *testing.T) {
 		t.Errorf("%v (%s)", err, fail.HintOf(err))
 	}
 }
+
+// A configuration is all files that are read, not three.
+func TestConfigurationIncludesWhatItIncludes(t *testing.T) {
+	p, c := start(t, lab.PostgresOptions{Version: 16})
+	etc := lab.DirForTest(t)
+	add := func(name, content string) {
+		t.Helper()
+		f, err := os.OpenFile(name, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = f.WriteString(content)
+		if err := errors.Join(err, f.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	conf, hba := filepath.Join(etc, "more.conf"), filepath.Join(etc, "hba.conf")
+	add(conf, "work_mem = '5MB'\n")
+	add(hba, "local all all trust\n")
+	add(filepath.Join(p.DataDir, "postgresql.conf"), "include '"+conf+"'\n")
+	add(filepath.Join(p.DataDir, "pg_hba.conf"), "include "+hba+"\n")
+	s := startBackup(t, c)
+	for _, name := range []string{conf, hba, filepath.Join(p.DataDir, "pg_ident.conf")} {
+		if !slices.Contains(s.Start.Config, name) {
+			t.Errorf("%s is not among %q", name, s.Start.Config)
+		}
+	}
+}
