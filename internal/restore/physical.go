@@ -3,6 +3,7 @@ package restore
 import (
 	"context"
 	"fmt"
+	"io/fs"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -75,7 +76,7 @@ type PhysicalPlan struct {
 
 	resolved Resolved
 	owner    owner
-	hasLabel bool
+	group    fs.FileMode // what the group may do with directories, as at the source
 }
 
 // A Moment is a record of the log.
@@ -188,7 +189,7 @@ func (plan *PhysicalPlan) describe(p Physical) {
 // planFiles looks through the list of files for what concerns the places.
 func (p Physical) planFiles(ctx context.Context, plan *PhysicalPlan) error {
 	m := plan.resolved.Backup
-	var control bool
+	var control, label bool
 	need := make(map[string]int64) // by root
 	_, err := p.Repo.Read(ctx, m.ID, m.Content, repo.Reading{
 		Want: func(string) bool { return false },
@@ -196,10 +197,14 @@ func (p Physical) planFiles(ctx context.Context, plan *PhysicalPlan) error {
 			root, rest := split(e.Path)
 			need[root] += e.Size
 			switch {
+			case e.Path == dataRoot:
+				if e.Mode&0o050 == 0o050 {
+					plan.group = 0o050
+				}
 			case root == dataRoot && rest == controlFile:
 				control = true
 			case root == dataRoot && rest == labelFile:
-				plan.hasLabel = true
+				label = true
 			case root == dataRoot && e.Link != "":
 				oid, ok := strings.CutPrefix(rest, "pg_tblspc/")
 				if !ok || strings.Contains(oid, "/") {
@@ -215,7 +220,7 @@ func (p Physical) planFiles(ctx context.Context, plan *PhysicalPlan) error {
 	switch {
 	case err != nil:
 		return err
-	case !control || !plan.hasLabel:
+	case !control || !label:
 		return fmt.Errorf("backup %s holds no pg_control or no backup_label: %w", m.ID, fail.Corrupt)
 	}
 	plan.Space = []Space{{Dir: p.Dir, Need: need[dataRoot]}}

@@ -22,6 +22,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/restore"
 	"github.com/pgkeep/pgkeep/internal/seal"
+	"github.com/pgkeep/pgkeep/internal/store"
 )
 
 // program is pgkeep-wal, built once for the package.
@@ -56,6 +57,8 @@ type site struct {
 	dir    string // all below belongs to PostgreSQL's OS user
 	config string
 	repo   *repo.Repo
+	store  store.Store
+	access repo.Access
 	pg     *lab.Postgres // the primary of the moment
 	seq    int           // rows written so far
 	backup int
@@ -83,15 +86,13 @@ clusters: {main: {conninfo: "host=/nowhere"}}
 	if err := os.Mkdir(filepath.Join(s.dir, "repository"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	st, err := open.Store(t.Context(), cfg.Repository)
-	if err != nil {
+	if s.store, err = open.Store(t.Context(), cfg.Repository); err != nil {
 		t.Fatal(err)
 	}
-	access, err := open.Access(cfg, "test")
-	if err != nil {
+	if s.access, err = open.Access(cfg, "test"); err != nil {
 		t.Fatal(err)
 	}
-	if s.repo, _, err = repo.Init(t.Context(), st, access, nil, time.Now()); err != nil {
+	if s.repo, _, err = repo.Init(t.Context(), s.store, s.access, nil, time.Now()); err != nil {
 		t.Fatal(err)
 	}
 	s.own()
@@ -288,9 +289,7 @@ func TestARestoredClusterIsWhole(t *testing.T) {
 	if plan.Last == nil || plan.State != restore.New || plan.Segments < 2 || len(plan.Tablespaces) != 1 {
 		t.Errorf("the plan is %+v", plan)
 	}
-	if out, err := s.pg.Command(t.Context(), "pg_verifybackup", "--no-parse-wal", p.Dir).CombinedOutput(); err != nil {
-		t.Errorf("pg_verifybackup: %v\n%s", err, out)
-	}
+	s.sound(p)
 	server, err := s.start(p, nil)
 	if err != nil {
 		t.Fatal(err)

@@ -85,7 +85,32 @@ func Resolve(ctx context.Context, t Target, named repo.ID, backups []repo.Listed
 			res.Timeline = c.timeline
 		}
 	}
+	if err == nil {
+		rs.stayOnTimeline(&res)
+	}
 	return res, err
+}
+
+// stayOnTimeline recovers along the timeline that the target lies on, if its log
+// is there, and not along one that left it later. The rows are the same. But
+// where a file of the later one holds the end, PostgreSQL looks for prepared
+// transactions in that of the older one, and fails for want of it
+// (XlogReadTwoPhaseData in access/transam/twophase.c).
+func (rs *resolver) stayOnTimeline(res *Resolved) {
+	for _, t := range rs.l.Timelines {
+		if t.ID != res.Timeline || res.Stop.At == 0 {
+			continue
+		}
+		for _, f := range t.Forks { // oldest first
+			if res.Stop.End > f.At {
+				continue
+			}
+			if w, ok := rs.l.Reach(baseOf(res.Backup), f.Timeline); ok && w.To >= res.Stop.End {
+				res.Timeline, res.Window = f.Timeline, w
+			}
+			return
+		}
+	}
 }
 
 type resolver struct {

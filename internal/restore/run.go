@@ -164,7 +164,10 @@ func (r *run) prune(ctx context.Context) error {
 			case d.IsDir() && want == dir, d.Type().IsRegular() && want == file:
 				return nil
 			case d.IsDir():
-				return errors.Join(root.RemoveAll(name), fs.SkipDir)
+				if err := root.RemoveAll(name); err != nil {
+					return err
+				}
+				return fs.SkipDir
 			}
 			return root.Remove(name)
 		})
@@ -349,20 +352,8 @@ func (r *run) ranges() []pgdata.WALRange {
 
 // own gives all files their modes and their owner. PostgreSQL wants its
 // directory for itself, or for its group to read (checkDataDir in
-// utils/init/miscinit.c): the backup's own directory says which.
+// utils/init/miscinit.c).
 func (r *run) own() error {
-	group := fs.FileMode(0)
-	_, err := r.Repo.Read(context.Background(), r.plan.Backup.ID, r.plan.resolved.Backup.Content, repo.Reading{
-		Want: func(string) bool { return false },
-		Entries: func(e repo.Entry) error {
-			if e.Path == dataRoot && e.Mode&0o050 == 0o050 {
-				group = 0o050
-			}
-			return nil
-		}})
-	if err != nil {
-		return err
-	}
 	for _, root := range r.layout.all() {
 		err := fs.WalkDir(root.FS(), ".", func(name string, d fs.DirEntry, err error) error {
 			if err != nil {
@@ -374,9 +365,9 @@ func (r *run) own() error {
 				}
 				return nil
 			}
-			mode := 0o600 | group&0o040
+			mode := 0o600 | r.plan.group&0o040
 			if d.IsDir() {
-				mode = 0o700 | group
+				mode = 0o700 | r.plan.group
 			}
 			info, err := d.Info()
 			if err != nil {

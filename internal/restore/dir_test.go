@@ -1,0 +1,365 @@
+package restore_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/fault"
+	"github.com/pgkeep/pgkeep/internal/lab"
+	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/restore"
+)
+
+var latestMoment = restore.Target{Kind: restore.Latest}
+
+// sound fails unless pg_verifybackup finds nothing wrong, and the directory is
+// as PostgreSQL wants it.
+func (s *site) sound(p restore.Physical) {
+	s.t.Helper()
+	if out, err := s.pg.Command(s.t.Context(), "pg_verifybackup", "--no-parse-wal", p.Dir).CombinedOutput(); err != nil {
+		s.t.Errorf("pg_verifybackup: %v\n%s", err, out)
+	}
+	parent, err := os.Stat(filepath.Dir(p.Dir))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	owner := parent.Sys().(*syscall.Stat_t).Uid
+	err = filepath.WalkDir(filepath.Dir(p.Dir), func(name string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		want := fs.FileMode(0o600)
+		if d.IsDir() {
+			want = 0o700
+		}
+		if st := info.Sys().(*syscall.Stat_t); st.Uid != owner || d.Type()&fs.ModeSymlink == 0 && info.Mode().Perm() != want {
+			s.t.Errorf("%s has mode %v and owner %d", name, info.Mode(), st.Uid)
+		}
+		if strings.Contains(d.Name(), "pgkeep") {
+			s.t.Errorf("%s was left behind", name)
+		}
+		return nil
+	})
+	if err != nil {
+		s.t.Error(err)
+	}
+}
+
+// tree is all that stands below a directory: names, modes and contents.
+func tree(t testing.TB, dir string) map[string]string {
+	t.Helper()
+	all := map[string]string{}
+	err := filepath.WalkDir(dir, func(name string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		what := fmt.Sprint(info.Mode())
+		if d.Type().IsRegular() {
+			b, err := os.ReadFile(name)
+			if err != nil {
+				return err
+			}
+			what += string(b)
+		}
+		all[name] = what
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// P25, C10: nothing that is there is touched, without or with --delta.
+func TestARestoreRefusesPlacesThatHoldSomething(t *testing.T) {
+	s := newSite(t)
+	s.take()
+	other := lab.PostgresForTest(t, lab.PostgresOptions{Dir: s.mkdir("other")})
+	if err := other.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	held := s.mkdir("held")
+	s.write("held/keep", "me")
+	for what, tt := range map[string]struct {
+		change func(*restore.Physical)
+		want   fail.Kind
+		says   string
+	}{
+		"a directory that is not empty":      {func(p *restore.Physical) { p.Dir = held }, fail.NotEmpty, "--delta"},
+		"the same, with delta":               {func(p *restore.Physical) { p.Dir, p.Delta = held, true }, fail.NotEmpty, "old data directory"},
+		"a server that runs":                 {func(p *restore.Physical) { p.Dir = s.pg.DataDir }, fail.NotEmpty, "stop it first"},
+		"the same, with delta ":              {func(p *restore.Physical) { p.Dir, p.Delta = s.pg.DataDir, true }, fail.NotEmpty, "stop it first"},
+		"another system, with delta":         {func(p *restore.Physical) { p.Dir, p.Delta = other.DataDir, true }, fail.WrongSystem, "right directory"},
+		"a tablespace that is not empty":     {func(p *restore.Physical) { p.Tablespaces[s.space] = held }, fail.NotEmpty, "--tablespace-map"},
+		"the tablespace of the source":       {func(p *restore.Physical) { p.Tablespaces = nil }, fail.NotEmpty, "--tablespace-map"},
+		"a tablespace in the data directory": {func(p *restore.Physical) { p.Tablespaces[s.space] = p.Dir + "/space" }, fail.BadConfig, "--tablespace-map"},
+		"a tablespace that there is not":     {func(p *restore.Physical) { p.Tablespaces["4711"] = "/nowhere" }, fail.BadConfig, "it has: " + s.space},
+		"a directory in none":                {func(p *restore.Physical) { p.Dir = s.dir + "/no/such" }, fail.BadConfig, "make it first"},
+		"a standby of the past":              {func(p *restore.Physical) { p.Standby, p.Target = true, restore.Target{Kind: restore.Immediate} }, fail.BadConfig, ""},
+	} {
+		p := s.physical("fresh", latestMoment)
+		tt.change(&p)
+		before := tree(t, s.dir+"/held")
+		_, err := p.Plan(t.Context())
+		if !errors.Is(err, tt.want) || !strings.Contains(fail.HintOf(err), tt.says) {
+			t.Errorf("%s: %v; %s", what, err, fail.HintOf(err))
+		}
+		if diff := cmp.Diff(before, tree(t, s.dir+"/held")); diff != "" {
+			t.Errorf("%s: %s", what, diff)
+		}
+		if entries, err := os.ReadDir(s.dir + "/fresh"); err != nil || len(entries) > 0 {
+			t.Errorf("%s: left %v (%v)", what, entries, err)
+		}
+	}
+	if os.Getuid() == 0 {
+		p := s.physical("fresh", latestMoment)
+		root := t.TempDir() // of root
+		p.Dir, p.Tablespaces[s.space] = filepath.Join(root, "data"), filepath.Join(root, "space")
+		if _, err := p.Plan(t.Context()); !errors.Is(err, fail.BadConfig) || !strings.Contains(fail.HintOf(err), "--owner") {
+			t.Errorf("in a directory of root: %v", err)
+		}
+		p.Owner = "postgres"
+		if plan, err := p.Plan(t.Context()); err != nil || plan.Owner != "postgres" {
+			t.Errorf("with an owner: %q (%v)", plan.Owner, err)
+		}
+	}
+}
+
+// P26, P31: a restore that was cut off anywhere leaves nothing that starts, and
+// goes on when it is run again.
+func TestARestoreThatWasCutOffGoesOn(t *testing.T) {
+	s := newSite(t)
+	s.rows(40)
+	first := s.take()
+	s.rows(5)
+	s.take()
+	cut := 0
+	for at := 1; ; at += 1 + at/2 {
+		p := s.physical(fmt.Sprint("cut", at), latestMoment)
+		plan, err := p.Plan(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		whole := p.Repo
+		f := &fault.Store{Store: s.store, At: at}
+		if p.Repo, err = repo.Open(t.Context(), f, s.access); err == nil {
+			_, err = p.Run(t.Context(), plan)
+		}
+		if !f.Hit() {
+			if err != nil {
+				t.Fatal(err)
+			}
+			break
+		}
+		if err == nil {
+			t.Fatalf("call %d failed, and nobody noticed", at)
+		}
+		if _, err := os.Lstat(filepath.Join(p.Dir, "global/pg_control")); !errors.Is(err, fs.ErrNotExist) {
+			t.Fatalf("cut off at call %d, there is a pg_control (%v)", at, err)
+		}
+		p.Repo = whole
+		if _, err := os.Lstat(p.Dir); err == nil {
+			cut++
+			other := p
+			other.Backup = first
+			if _, err := other.Plan(t.Context()); !errors.Is(err, fail.NotEmpty) {
+				t.Errorf("cut off at call %d, another backup goes into the same directory: %v", at, err)
+			}
+			if plan, err := p.Plan(t.Context()); err != nil || plan.State != restore.Unfinished {
+				t.Fatalf("cut off at call %d, it is %q (%v)", at, plan.State, err)
+			}
+		}
+		s.restored(p)
+		s.sound(p)
+		if again, err := p.Plan(t.Context()); !errors.Is(err, fail.NotEmpty) {
+			t.Errorf("once more over a finished one: %+v (%v)", again.State, err)
+		}
+	}
+	if cut < 5 {
+		t.Errorf("cut off %d times: the test has lost its point", cut)
+	}
+}
+
+// A restore that is interrupted stops.
+func TestARestoreStopsWhenItIsTold(t *testing.T) {
+	s := newSite(t)
+	s.take()
+	p := s.physical("stopped", latestMoment)
+	plan, err := p.Plan(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	p.Progress = func(string, int64, int64) { cancel() }
+	if _, err := p.Run(ctx, plan); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+	p.Progress = nil
+	s.restored(p)
+	s.sound(p)
+}
+
+// P25: delta makes an old data directory what the backup was, and touches
+// nothing that it links to.
+func TestDeltaMakesAnOldDirectoryWhatTheBackupWas(t *testing.T) {
+	s := newSite(t)
+	s.rows(40)
+	s.take()
+	s.archived()
+	p := s.physical("old", latestMoment)
+	s.restored(p)
+	want := tree(t, p.Dir)
+	outside := s.mkdir("outside")
+	s.write("outside/keep", "me")
+	at := func(name string) string { return filepath.Join(p.Dir, name) }
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	b, err := os.ReadFile(at("global/1260"))
+	must(err)
+	b[100] ^= 1
+	must(os.WriteFile(at("global/1260"), b, 0o600))
+	must(os.Truncate(at("global/1262"), 100))
+	must(os.WriteFile(at("base/1/longer"), bytes.Repeat([]byte("x"), 10_000), 0o644))
+	must(os.MkdirAll(at("base/99999/deep"), 0o755))
+	must(os.Remove(at("PG_VERSION")))
+	must(os.Symlink(outside, at("PG_VERSION"))) // a file that is a link
+	must(os.RemoveAll(at("pg_xact")))
+	must(os.Symlink(outside, at("pg_xact"))) // a directory that is a link
+	must(os.RemoveAll(at("pg_wal")))
+	must(os.Symlink(outside, at("pg_wal")))
+	must(os.Symlink(outside, at("base/link")))
+	must(os.WriteFile(at("pg_stat/pgstat.stat"), []byte("old"), 0o600))
+	must(os.WriteFile(at("standby.signal"), nil, 0o600))
+	must(os.WriteFile(at("postmaster.pid"), []byte("999999999\n"), 0o600)) // of a server that died
+	must(os.WriteFile(filepath.Join(filepath.Dir(p.Dir), "space/other"), []byte("not ours"), 0o600))
+
+	p.Delta = true
+	plan := s.restored(p)
+	if plan.State != restore.Existing || len(plan.Notes) != 1 {
+		t.Errorf("the plan is %+v", plan)
+	}
+	have := tree(t, p.Dir)
+	if diff := cmp.Diff(want, have); diff != "" {
+		t.Error(diff)
+	}
+	if got := tree(t, outside); len(got) != 2 || !strings.HasSuffix(got[filepath.Join(outside, "keep")], "me") {
+		t.Errorf("outside is now %q", got)
+	}
+	if b, err := os.ReadFile(filepath.Join(filepath.Dir(p.Dir), "space/other")); err != nil || string(b) != "not ours" {
+		t.Errorf("what stood beside ours in the tablespace: %q (%v)", b, err)
+	}
+	must(os.Remove(filepath.Join(filepath.Dir(p.Dir), "space/other")))
+	s.sound(p)
+}
+
+// P30: what an earlier life, or the source, had set does not lead the server
+// astray, nor to the source.
+func TestOldSettingsAreOutOfForce(t *testing.T) {
+	s := newSite(t)
+	s.exec("ALTER SYSTEM SET recovery_target_name = 'elsewhere'", "ALTER SYSTEM SET recovery_target_timeline = 'current'",
+		"ALTER SYSTEM SET archive_command = 'touch /tmp/never'", "ALTER SYSTEM SET primary_conninfo = 'host=source'",
+		"ALTER SYSTEM SET work_mem = '5MB'", "SELECT pg_create_restore_point('here it''s')")
+	s.take()
+	s.exec("SELECT pg_create_restore_point('there it''s')")
+	s.archived()
+	p := s.physical("old settings", restore.Target{Kind: restore.ToName, Name: "there it's"})
+	p.Action = ""
+	s.restored(p)
+	server, err := s.start(p, map[string]string{"hot_standby": "on"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Kill()
+	s.until("recovery has come to the target", func() bool { return query[string](t, server, "SELECT pg_get_wal_replay_pause_state()") == "paused" })
+	for name, want := range map[string]string{
+		"recovery_target_name": "there it's", "recovery_target_timeline": "1", "recovery_target_time": "", "archive_mode": "off", "archive_command": "(disabled)",
+		"primary_conninfo": "", "work_mem": "5MB", "max_logical_replication_workers": "0",
+	} {
+		if have := query[string](t, server, "SHOW "+name); have != want {
+			t.Errorf("%s is %q, want %q", name, have, want)
+		}
+	}
+	conf, err := os.ReadFile(filepath.Join(p.Dir, "postgresql.auto.conf"))
+	if err != nil || !strings.Contains(string(conf), "# pgkeep restore took out: recovery_target_name = 'elsewhere'") {
+		t.Errorf("postgresql.auto.conf says (%v)\n%s", err, conf)
+	}
+}
+
+// P29, C4: when the end of the log has been lost since the plan was made,
+// recovery fails. It does not end early.
+func TestRecoveryFailsWhereTheLogWasLost(t *testing.T) {
+	s := newSite(t)
+	s.rows(5)
+	s.take()
+	s.rows(30)
+	last := s.archived()
+	p := s.physical("lost", latestMoment)
+	if plan := s.restored(p); plan.LastWAL != last {
+		t.Errorf("the last segment is %s, want %s", plan.LastWAL, last)
+	}
+	found, err := filepath.Glob(filepath.Join(s.dir, "repository/clusters/main/wal/*/*", last+".zst"))
+	if err != nil || len(found) != 1 {
+		t.Fatal(found, err)
+	}
+	if err := os.Rename(found[0], filepath.Join(s.dir, "aside")); err != nil {
+		t.Fatal(err)
+	}
+	if server, err := s.start(p, nil); err == nil {
+		server.Kill()
+		t.Fatal("it opened")
+	} else if !strings.Contains(err.Error(), "it is missing, and when the restore was planned the archive held the log up to "+last) {
+		t.Error(err)
+	}
+	if err := os.Rename(filepath.Join(s.dir, "aside"), found[0]); err != nil {
+		t.Fatal(err)
+	}
+	server, err := s.start(p, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Kill()
+	if diff := cmp.Diff(seqs(t, s.pg), seqs(t, server)); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// A standby follows the archive.
+func TestAStandbyFollowsTheArchive(t *testing.T) {
+	s := newSite(t)
+	s.take()
+	p := s.physical("standby", latestMoment)
+	p.Standby = true
+	s.restored(p)
+	server, err := s.start(p, map[string]string{"hot_standby": "on", "wal_retrieve_retry_interval": "100ms"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Kill()
+	s.rows(20)
+	s.archived()
+	s.until("the standby has the rows", func() bool { return slices.Equal(seqs(t, s.pg), seqs(t, server)) })
+}
