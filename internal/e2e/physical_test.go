@@ -202,7 +202,7 @@ func TestPhysicalBackupSurvivesAKilledWorker(t *testing.T) {
 	for _, percent := range []int64{10, 50, 90} {
 		t.Run(fmt.Sprintf("at %d%%", percent), func(t *testing.T) {
 			r := setup(t, 60_000)
-			r.slowly("12MB")
+			r.slowly("2MB") // progress is told every three seconds
 			r.archive()
 			w := r.worker()
 			run := r.physical()

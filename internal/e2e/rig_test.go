@@ -236,9 +236,9 @@ func (r *rig) step(run client.WorkflowRun, name string) *workflowpb.PendingActiv
 
 func (r *rig) until(what string, ok func() bool) {
 	r.t.Helper()
-	for deadline := time.Now().Add(2 * time.Minute); !ok(); {
+	for deadline := time.Now().Add(5 * time.Minute); !ok(); {
 		if time.Now().After(deadline) {
-			r.t.Fatalf("waited two minutes for: %s", what)
+			r.t.Fatalf("waited five minutes for: %s", what)
 		}
 		select {
 		case <-time.After(5 * time.Millisecond):
