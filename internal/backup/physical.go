@@ -411,7 +411,7 @@ func (p *Physical) Publish(ctx context.Context, id repo.ID, pub Published) (repo
 	}
 	f := deref(content.Physical)
 	m, err := r.Publish(ctx, repo.Manifest{Ref: p.ref(id), Kind: repo.Physical, Host: p.Host, System: f.System, Version: f.Version,
-		StartedAt: pub.Started, FinishedAt: time.Now().UTC().Truncate(time.Millisecond), LSN: pub.LSN, Verified: pub.Verified,
+		StartedAt: pub.Started, FinishedAt: time.Now().UTC().Truncate(time.Millisecond), LSN: repo.LSNs{Timeline: f.StopTimeline, Before: f.Start, After: f.Stop, Archived: string(cluster.ArchiveDone), LastWAL: f.LastWAL}, Verified: pub.Verified,
 		Workflow: pub.By.Workflow, Run: pub.By.Run})
 	if err != nil {
 		return repo.Manifest{}, err

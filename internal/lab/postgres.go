@@ -174,6 +174,16 @@ func Own(path string) error {
 	})
 }
 
+// AsServer lets a program run as the OS user that servers run as.
+func AsServer(cmd *exec.Cmd) error {
+	cred, err := serverUser()
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = new(syscall.SysProcAttr)
+	}
+	cmd.SysProcAttr.Credential = cred
+	return err
+}
+
 // newestBinDir finds the programs of the newest major version as Debian
 // installs them.
 func newestBinDir() (string, error) {
