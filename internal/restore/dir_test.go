@@ -28,9 +28,7 @@ var latestMoment = restore.Target{Kind: restore.Latest}
 // as PostgreSQL wants it.
 func (s *site) sound(p restore.Physical) {
 	s.t.Helper()
-	if out, err := s.pg.Command(s.t.Context(), "pg_verifybackup", "--no-parse-wal", p.Dir).CombinedOutput(); err != nil {
-		s.t.Errorf("pg_verifybackup: %v\n%s", err, out)
-	}
+	s.verifyBackup(p.Dir)
 	parent, err := os.Stat(filepath.Dir(p.Dir))
 	if err != nil {
 		s.t.Fatal(err)

@@ -59,6 +59,7 @@ type site struct {
 	repo   *repo.Repo
 	store  store.Store
 	access repo.Access
+	major  int           // version of its servers; 0: the newest installed
 	pg     *lab.Postgres // the primary of the moment
 	seq    int           // rows written so far
 	backup int
@@ -68,7 +69,12 @@ type site struct {
 // newSite makes a cluster with a tablespace and a table, the ledger.
 func newSite(t testing.TB) *site {
 	t.Helper()
-	s := &site{t: t, dir: lab.DirForTest(t)}
+	return newSiteOf(t, 0)
+}
+
+func newSiteOf(t testing.TB, major int) *site {
+	t.Helper()
+	s := &site{t: t, dir: lab.DirForTest(t), major: major}
 	signer, err := seal.NewSigner()
 	if err != nil {
 		t.Fatal(err)
@@ -96,7 +102,7 @@ clusters: {main: {conninfo: "host=/nowhere"}}
 		t.Fatal(err)
 	}
 	s.own()
-	s.pg = lab.PostgresForTest(t, lab.PostgresOptions{WALSegmentMB: 1, Settings: settings(s.archiving())})
+	s.pg = lab.PostgresForTest(t, lab.PostgresOptions{Version: major, WALSegmentMB: 1, Settings: settings(s.archiving())})
 	space := s.mkdir("space")
 	s.exec("CREATE TABLE ledger (seq int PRIMARY KEY, x text)",
 		"ALTER TABLE ledger ALTER x SET STORAGE external",
@@ -267,7 +273,7 @@ func (s *site) start(p restore.Physical, more map[string]string) (*lab.Postgres,
 	for k, v := range more {
 		set[k] = v
 	}
-	return lab.StartPostgres(s.t.Context(), lab.PostgresOptions{Dir: filepath.Dir(p.Dir), Settings: set})
+	return lab.StartPostgres(s.t.Context(), lab.PostgresOptions{Version: s.major, Dir: filepath.Dir(p.Dir), Settings: set})
 }
 
 // seqs is what the ledger holds.
