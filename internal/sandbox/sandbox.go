@@ -230,14 +230,14 @@ func (s *Sandbox) Remove() error {
 		return nil
 	}
 	s.kill()
-	err := errors.Join(clear(s.dir), s.lock.Close())
+	err := errors.Join(wipe(s.dir), s.lock.Close())
 	s.lock = nil
 	return err
 }
 
-// clear removes a sandbox whose lock is held: the lock last, so that whoever
+// wipe removes a sandbox whose lock is held: the lock last, so that whoever
 // else finds a part of it can tell what it is.
-func clear(dir string) error {
+func wipe(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return fmt.Errorf("remove sandbox: %w", err)
@@ -278,7 +278,7 @@ func Collect(ctx context.Context, parent string, keep ...string) (removed []stri
 			continue // somebody uses it, or has just removed it
 		}
 		if err == nil {
-			err = errors.Join(clear(dir), lock.Close())
+			err = errors.Join(wipe(dir), lock.Close())
 		}
 		if err != nil {
 			failed = errors.Join(failed, fmt.Errorf("collect sandbox %s: %w", name, err))
