@@ -2,6 +2,7 @@ package restore
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/store"
 )
 
 // Physical says what to restore of a cluster, and where.
@@ -186,36 +188,46 @@ func (plan *PhysicalPlan) describe(p Physical) {
 	plan.Dir = p.Dir
 }
 
+// entries tells of every entry of a backup. A list that is not whole is an error,
+// whatever it did hold.
+func entries(ctx context.Context, r *repo.Repo, m repo.Manifest, tell func(repo.Entry) error) error {
+	rep, err := r.Read(ctx, m.ID, m.Content, repo.Reading{Want: func(string) bool { return false }, Entries: tell})
+	if err == nil {
+		err = rep.Err()
+	}
+	if errors.Is(err, store.ErrNotExist) {
+		err = fmt.Errorf("%w: %w", err, fail.Corrupt) // the signed manifest names it
+	}
+	return err
+}
+
 // planFiles looks through the list of files for what concerns the places.
 func (p Physical) planFiles(ctx context.Context, plan *PhysicalPlan) error {
 	m := plan.resolved.Backup
 	var control, label bool
 	need := make(map[string]int64) // by root
-	_, err := p.Repo.Read(ctx, m.ID, m.Content, repo.Reading{
-		Want: func(string) bool { return false },
-		Entries: func(e repo.Entry) error {
-			root, rest := split(e.Path)
-			need[root] += e.Size
-			switch {
-			case e.Path == dataRoot:
-				if e.Mode&0o050 == 0o050 {
-					plan.group = 0o050
-				}
-			case root == dataRoot && rest == controlFile:
-				control = true
-			case root == dataRoot && rest == labelFile:
-				label = true
-			case root == dataRoot && e.Link != "":
-				oid, ok := strings.CutPrefix(rest, "pg_tblspc/")
-				if !ok || strings.Contains(oid, "/") {
-					return fmt.Errorf("backup %s holds the link %s: %w", m.ID, e.Path, fail.Corrupt)
-				}
-				plan.Tablespaces = append(plan.Tablespaces, TablespacePlace{OID: oid, From: e.Link, To: e.Link})
-			case strings.HasPrefix(root, configRoot) && !e.Dir:
-				plan.Config = append(plan.Config, rest)
+	err := entries(ctx, p.Repo, m, func(e repo.Entry) error {
+		root, rest := split(e.Path)
+		need[root] += e.Size
+		switch {
+		case e.Path == dataRoot:
+			if e.Mode&0o050 == 0o050 {
+				plan.group = 0o050
 			}
-			return nil
-		},
+		case root == dataRoot && rest == controlFile:
+			control = true
+		case root == dataRoot && rest == labelFile:
+			label = true
+		case root == dataRoot && e.Link != "":
+			oid, ok := strings.CutPrefix(rest, "pg_tblspc/")
+			if !ok || strings.Contains(oid, "/") {
+				return fmt.Errorf("backup %s holds the link %s: %w", m.ID, e.Path, fail.Corrupt)
+			}
+			plan.Tablespaces = append(plan.Tablespaces, TablespacePlace{OID: oid, From: e.Link, To: e.Link})
+		case strings.HasPrefix(root, configRoot) && !e.Dir:
+			plan.Config = append(plan.Config, rest)
+		}
+		return nil
 	})
 	switch {
 	case err != nil:

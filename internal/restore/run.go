@@ -135,7 +135,7 @@ func (r *run) prune(ctx context.Context) error {
 	seed := maphash.MakeSeed() // a set of numbers: there may be millions of files
 	held := make(map[uint64]uint8)
 	m := r.plan.resolved.Backup
-	_, err := r.Repo.Read(ctx, m.ID, m.Content, repo.Reading{Want: func(string) bool { return false }, Entries: func(e repo.Entry) error {
+	err := entries(ctx, r.Repo, m, func(e repo.Entry) error {
 		kind := uint8(file)
 		if e.Dir {
 			kind = dir
@@ -147,7 +147,7 @@ func (r *run) prune(ctx context.Context) error {
 			held[maphash.String(seed, p)] = dir
 		}
 		return nil
-	}})
+	})
 	if err != nil {
 		return err
 	}
@@ -310,7 +310,7 @@ func (r *run) writeManifest(ctx context.Context, changed map[string]change) erro
 	return durable.Replace(r.layout.data, "backup_manifest", 0o600, func(w io.Writer) error {
 		man := pgdata.NewManifest(w, m.Version.Major(), m.System)
 		added := make(map[string]bool)
-		_, err := r.Repo.Read(ctx, m.ID, m.Content, repo.Reading{Want: func(string) bool { return false }, Entries: func(e repo.Entry) error {
+		err := entries(ctx, r.Repo, m, func(e repo.Entry) error {
 			root, rest := split(e.Path)
 			if e.Dir || e.Link != "" || strings.HasPrefix(root, configRoot) {
 				return nil
@@ -328,7 +328,7 @@ func (r *run) writeManifest(ctx context.Context, changed map[string]change) erro
 			}
 			added[e.Path] = ok
 			return man.Add(e.Path, c.size, e.Modified, c.crc)
-		}})
+		})
 		if err != nil {
 			return err
 		}
