@@ -66,11 +66,7 @@ func Open(ctx context.Context) (s *Site, err error) {
 	if err := s.own(dir); err != nil {
 		return s, err
 	}
-	build := exec.CommandContext(ctx, "go", "build", "-ldflags=-s -w", "-o", s.program, "github.com/pgkeep/pgkeep/cmd/pgkeep-wal")
-	if out, err := build.CombinedOutput(); err != nil {
-		return s, fmt.Errorf("build pgkeep-wal: %w\n%s", err, out)
-	}
-	if err := s.own(s.program); err != nil {
+	if _, err := s.Build(ctx, "pgkeep-wal"); err != nil {
 		return s, err
 	}
 	s.S3, err = lab.StartS3(ctx, lab.S3Options{})
@@ -84,6 +80,16 @@ func (s *Site) Close() error {
 		err = errors.Join(err, s.S3.Stop())
 	}
 	return err
+}
+
+// Build makes one of the programs, as it is shipped, and returns its path.
+func (s *Site) Build(ctx context.Context, name string) (string, error) {
+	path := filepath.Join(s.Dir, name)
+	build := exec.CommandContext(ctx, "go", "build", "-ldflags=-s -w", "-o", path, "github.com/pgkeep/pgkeep/cmd/"+name)
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build %s: %w\n%s", name, err, out)
+	}
+	return path, s.own(path)
 }
 
 func (s *Site) own(path string) error {
@@ -150,6 +156,10 @@ type Options struct {
 	Level int
 	// Settings are further lines of pgBackRest's configuration.
 	Settings []string
+	// Conninfo is how pgkeep reaches the server. "": not at all.
+	Conninfo string
+	// Temporal is the section of that name in pgkeep's configuration. "": none.
+	Temporal string
 }
 
 // An Archiver is one of the programs, with a repository of its own.
@@ -162,6 +172,8 @@ type Archiver struct {
 	Root string
 	// Line runs another command of the program: "pgbackrest --config …".
 	Line string
+	// Config is the file that says all this.
+	Config string
 }
 
 // PgKeep makes a repository called name and a configuration for pgkeep-wal.
@@ -201,7 +213,10 @@ func (s *Site) PgKeep(ctx context.Context, name string, opt Options) (Archiver, 
 			text += ", encryption: none"
 			keys = fmt.Sprintf("keys: {signing_key: %s/signing.key}", dir)
 		}
-		return text + "}\n" + keys + "\nclusters: {main: {conninfo: host=/nowhere}}\n"
+		if opt.Temporal != "" {
+			keys += "\ntemporal: " + opt.Temporal
+		}
+		return fmt.Sprintf("%s}\n%s\nspool: %s/spool\nclusters: {main: {conninfo: \"%s\"}}\n", text, keys, dir, cmp.Or(opt.Conninfo, "host=/nowhere"))
 	}
 	// The repository is made on the server itself, whatever stands in the way.
 	direct, err := s.Write(filepath.Join(name, "direct.yaml"), text(s.S3.Endpoint, s.S3.CAFile))
@@ -224,7 +239,7 @@ func (s *Site) PgKeep(ctx context.Context, name string, opt Options) (Archiver, 
 		options += " --timeout " + opt.Timeout.String()
 	}
 	return Archiver{Name: "pgkeep", Archive: s.program + " push" + options + " %p", Restore: s.program + " fetch" + options + " %f %p",
-		Root: filepath.Join(s.S3.Data, name, "clusters/main/wal"), Line: s.program}, nil
+		Root: filepath.Join(s.S3.Data, name, "clusters/main/wal"), Line: s.program, Config: file}, nil
 }
 
 func initialize(ctx context.Context, file string, recipients []string) error {
@@ -290,7 +305,7 @@ func (s *Site) PgBackRest(ctx context.Context, name, pgdata string, opt Options)
 		return fail(err)
 	}
 	return Archiver{Name: "pgBackRest", Archive: line + " archive-push %p", Restore: line + " archive-get %f %p",
-		Root: filepath.Join(s.S3.Data, name, "archive/main"), Line: line}, nil
+		Root: filepath.Join(s.S3.Data, name, "archive/main"), Line: line, Config: file}, nil
 }
 
 func (s *Site) authority(opt Options) (string, error) {
