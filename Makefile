@@ -47,8 +47,10 @@ update: ## write the files that tests compare with the code
 demo: setup ## back up, verify and restore a database on embedded parts, and show it
 	go run ./internal/demo
 
-bench: setup ## throughput and memory of an upload, against zstd -1 -T0
+bench: setup ## storing a dump against zstd -1 -T0; physical backups and restores against Debian's pgBackRest
+	@tools/setup pgbackrest
 	go run ./internal/bench
+	go run ./internal/benchphysical $(ARGS)
 
 bench-wal: setup ## archiving and fetching of WAL, against Debian's pgBackRest and against cp
 	@tools/setup pgbackrest

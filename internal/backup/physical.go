@@ -367,7 +367,7 @@ func (p *Physical) WaitWAL(ctx context.Context, id repo.ID, progress func(done, 
 	a := repo.Archive{Cluster: p.Name, System: f.System, Major: f.Version.Major()}
 	deadline := time.Now().Add(cmp.Or(p.WALWait, time.Hour))
 	for i, n := range need {
-		for {
+		for wait := 50 * time.Millisecond; ; wait = min(2*wait, time.Second) { // mostly the last segment is on its way
 			err := r.CheckWAL(ctx, a, n)
 			if err == nil {
 				break
@@ -379,10 +379,8 @@ func (p *Physical) WaitWAL(ctx context.Context, id repo.ID, progress func(done, 
 				return "", p.notArchived(ctx, n)
 			}
 			progress(int64(i), int64(len(need)))
-			select {
-			case <-time.After(time.Second):
-			case <-ctx.Done():
-				return "", ctx.Err()
+			if err := rest(ctx, wait); err != nil {
+				return "", err
 			}
 		}
 		progress(int64(i+1), int64(len(need)))
