@@ -20,6 +20,7 @@ import (
 	"github.com/pgkeep/pgkeep/activities"
 	"github.com/pgkeep/pgkeep/internal/audit"
 	"github.com/pgkeep/pgkeep/internal/backup"
+	"github.com/pgkeep/pgkeep/internal/restore"
 	"github.com/pgkeep/pgkeep/internal/store"
 	"github.com/pgkeep/pgkeep/workflows"
 )
@@ -30,10 +31,11 @@ type Options struct {
 	Client    client.Client
 	Namespace string // of Client: what other namespaces' workflows left is not judged
 	Host      string
-	Logical   []*backup.Logical  // of the clusters of this host
-	Physical  []*backup.Physical // likewise
-	Audits    []*audit.Auditor   // likewise
-	Store     store.Store        // of the repository; nil: leftovers there are not looked for
+	Logical   []*backup.Logical                                                          // of the clusters of this host
+	Physical  []*backup.Physical                                                         // likewise
+	Audits    []*audit.Auditor                                                           // likewise
+	Restore   func(context.Context, activities.RestoreRequest) (restore.Physical, error) // prepares a restore on this host; nil: none is served
+	Store     store.Store                                                                // of the repository; nil: leftovers there are not looked for
 	Log       *slog.Logger
 
 	Activities int           // at a time on this host; 0: 4
@@ -79,6 +81,9 @@ func Run(ctx context.Context, opt Options) error {
 		OnFatalError:                       fatal,
 	})
 	local.RegisterActivityWithOptions(h, activity.RegisterOptions{})
+	if opt.Restore != nil {
+		local.RegisterActivityWithOptions(&activities.Restorer{Prepare: opt.Restore, Grace: opt.Grace}, activity.RegisterOptions{})
+	}
 	archives := &activities.WAL{Auditors: make(map[string]*audit.Auditor)}
 	for _, a := range opt.Audits {
 		archives.Auditors[a.Name] = a

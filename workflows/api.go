@@ -16,6 +16,7 @@ const (
 	ScheduledName      = "pgkeep.Scheduled"
 	LogicalBackupName  = "pgkeep.LogicalBackup"
 	PhysicalBackupName = "pgkeep.PhysicalBackup"
+	RestoreName        = "pgkeep.Restore"
 	WALAuditName       = "pgkeep.WALAudit"
 )
 
@@ -35,6 +36,10 @@ const KindWALAudit = "wal-audit"
 // that cluster run. Temporal runs at most one workflow of an id at a time: this
 // is what keeps two backups of one cluster apart.
 func BackupWorkflowID(cluster, kind string) string { return "pgkeep/" + cluster + "/" + kind }
+
+// RestoreWorkflowID is the one workflow id under which a directory of a host is
+// restored.
+func RestoreWorkflowID(host, dir string) string { return "pgkeep/restore/" + host + dir }
 
 // ScheduledRequest is what a schedule hands to the workflow it starts.
 type ScheduledRequest struct {

@@ -12,5 +12,6 @@ func Register(r Registry) {
 	r.RegisterWorkflowWithOptions(Scheduled, workflow.RegisterOptions{Name: ScheduledName})
 	r.RegisterWorkflowWithOptions(LogicalBackup, workflow.RegisterOptions{Name: LogicalBackupName})
 	r.RegisterWorkflowWithOptions(PhysicalBackup, workflow.RegisterOptions{Name: PhysicalBackupName})
+	r.RegisterWorkflowWithOptions(Restore, workflow.RegisterOptions{Name: RestoreName})
 	r.RegisterWorkflowWithOptions(WALAudit, workflow.RegisterOptions{Name: WALAuditName})
 }

@@ -244,14 +244,14 @@ func (e *env) ended(ctx context.Context, run client.WorkflowRun, err error) erro
 		return nil
 	}
 	if ctx.Err() != nil {
-		e.say("the backup goes on: pgkeep ps shows it, pgkeep cancel %s stops it", run.GetID())
+		e.say("it goes on: pgkeep ps shows it, pgkeep cancel %s stops it", run.GetID())
 		return fail.With(fail.Cancelled, errors.New("interrupted while waiting"))
 	}
 	if temporal.IsCanceledError(err) {
-		return fail.With(fail.Cancelled, fmt.Errorf("the backup was cancelled"))
+		return fail.With(fail.Cancelled, fmt.Errorf("it was cancelled"))
 	}
 	if _, ok := errors.AsType[*temporal.TerminatedError](err); ok {
-		return fail.With(fail.Cancelled, fmt.Errorf("the backup was terminated"))
+		return fail.With(fail.Cancelled, fmt.Errorf("it was terminated"))
 	}
 	kind := fail.KindOf(err)
 	var step string

@@ -12,11 +12,15 @@ import (
 	"time"
 
 	"github.com/urfave/cli/v2"
+	"go.temporal.io/sdk/client"
+	"go.temporal.io/sdk/temporal"
 
+	"github.com/pgkeep/pgkeep/activities"
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/restore"
+	"github.com/pgkeep/pgkeep/workflows"
 )
 
 // This file is the half of pgkeep restore that makes a data directory.
@@ -38,12 +42,13 @@ func dirFlags() []cli.Flag {
 		&cli.StringFlag{Name: "config-dir", Usage: "put configuration from outside of the data directory into `DIR`"},
 		boolFlag("delta", "over an old data directory of this cluster: fetch what differs, remove the rest"),
 		&cli.StringFlag{Name: "owner", Usage: "give the files to `USER[:GROUP]`; else to the owner of DIR, or of where it is"},
+		&cli.StringFlag{Name: "host", Usage: "let the worker of `HOST` do it, there"},
 		boolFlag("takeover", "it takes the place of its source: keep archiving and replication as they were"),
 	}
 }
 
 type dirOptions struct {
-	Cluster, Backup          string
+	Cluster, Backup, Host    string
 	Dir, ConfigDir, Owner    string
 	Time, LSN, XID, Name     *string // at most one, or Immediate; nil: not given
 	Immediate, Exclusive     bool
@@ -55,7 +60,7 @@ type dirOptions struct {
 
 func dirOptionsOf(c *cli.Context) dirOptions {
 	return dirOptions{
-		Cluster: c.String("cluster"), Backup: c.Args().First(),
+		Cluster: c.String("cluster"), Backup: c.Args().First(), Host: c.String("host"),
 		Dir: c.String("target-dir"), ConfigDir: c.String("config-dir"), Owner: c.String("owner"),
 		Time: given(c, "to-time"), LSN: given(c, "to-lsn"), XID: given(c, "to-xid"), Name: given(c, "to-name"),
 		Immediate: c.Bool("immediate"), Exclusive: c.Bool("exclusive"), Timeline: c.String("timeline"), Action: c.String("target-action"),
@@ -126,56 +131,63 @@ func (opt dirOptions) target() (t restore.Target, err error) {
 	return t, err
 }
 
-// physical turns options into what is to be restored.
-func (e *env) physical(ctx context.Context, opt dirOptions) (p restore.Physical, err error) {
-	if p.Target, err = opt.target(); err != nil {
-		return p, err
+// request turns options into what is asked for.
+func (opt dirOptions) request() (q activities.RestoreRequest, err error) {
+	q = activities.RestoreRequest{Dir: opt.Dir, ConfigDir: opt.ConfigDir, Owner: opt.Owner,
+		Standby: opt.Standby, Delta: opt.Delta, Takeover: opt.Takeover, Tablespaces: make(map[string]string)}
+	if q.Target, err = opt.target(); err != nil {
+		return q, err
 	}
-	if p.Action, err = restore.ParseAction(opt.Action); err != nil {
-		return p, err
+	if q.Action, err = restore.ParseAction(opt.Action); err != nil {
+		return q, err
 	}
-	if p.Dir, err = filepath.Abs(opt.Dir); err == nil && opt.ConfigDir != "" {
-		p.ConfigDir, err = filepath.Abs(opt.ConfigDir)
+	if opt.Host != "" && !filepath.IsAbs(opt.Dir) {
+		return q, config.Errorf("--target-dir %s: on another host, want an absolute path", opt.Dir)
+	}
+	if q.Dir, err = filepath.Abs(opt.Dir); err == nil && opt.ConfigDir != "" {
+		q.ConfigDir, err = filepath.Abs(opt.ConfigDir)
 	}
 	if err != nil {
-		return p, err
+		return q, err
 	}
-	p.Tablespaces = make(map[string]string)
 	for _, m := range opt.Tablespaces {
 		i := strings.LastIndex(m, "=")
 		if i < 1 || !filepath.IsAbs(m[i+1:]) {
-			return p, config.Errorf("--tablespace-map %s: want OID=DIR or OLD=DIR, with absolute paths", m)
+			return q, config.Errorf("--tablespace-map %s: want OID=DIR or OLD=DIR, with absolute paths", m)
 		}
-		p.Tablespaces[m[:i]] = m[i+1:]
+		q.Tablespaces[m[:i]] = m[i+1:]
 	}
-	p.Standby, p.Delta, p.Takeover, p.Owner = opt.Standby, opt.Delta, opt.Takeover, opt.Owner
-	cfg, r, err := e.repository(ctx)
+	return q, nil
+}
+
+// which finds the cluster and the backup that are meant.
+func (e *env) which(ctx context.Context, opt dirOptions) (cfg *config.Config, r *repo.Repo, cluster string, id repo.ID, err error) {
+	if cfg, r, err = e.repository(ctx); err != nil {
+		return nil, nil, "", "", err
+	}
+	if cluster, err = whichOf(ctx, cfg, r, opt.Cluster); err != nil || opt.Backup == "" || opt.Backup == latest {
+		return cfg, r, cluster, "", err
+	}
+	all, err := r.Backups(ctx, cluster)
 	if err != nil {
-		return p, err
+		return nil, nil, "", "", err
 	}
-	p.Repo = r
-	if p.Cluster, err = whichOf(ctx, cfg, r, opt.Cluster); err != nil {
-		return p, err
+	b, err := pick(all, opt.Backup)
+	if err != nil {
+		return nil, nil, "", "", err
 	}
-	if opt.Backup != "" && opt.Backup != latest {
-		all, err := r.Backups(ctx, p.Cluster)
-		if err != nil {
-			return p, err
-		}
-		b, err := pick(all, opt.Backup)
-		if err != nil {
-			return p, err
-		}
-		m, err := finished(b)
-		if err == nil && m.Kind != repo.Physical {
-			err = fail.Hint(config.Errorf("backup %s is %s: no data directory comes of it", m.ID, m.Kind), "restore it into a database, without --target-dir")
-		}
-		if err != nil {
-			return p, err
-		}
-		p.Backup = m.ID
+	m, err := finished(b)
+	if err == nil && m.Kind != repo.Physical {
+		err = fail.Hint(config.Errorf("backup %s is %s: no data directory comes of it", m.ID, m.Kind), "restore it into a database, without --target-dir")
 	}
-	p.Fetch, err = fetchCommand(cfg, p.Cluster)
+	return cfg, r, cluster, m.ID, err
+}
+
+// prepareRestore says what a request means on this host.
+func prepareRestore(cfg *config.Config, r *repo.Repo, q activities.RestoreRequest) (p restore.Physical, err error) {
+	p = restore.Physical{Repo: r, Cluster: q.Cluster, Backup: q.Backup, Target: q.Target, Action: q.Action, Standby: q.Standby, Dir: q.Dir,
+		Tablespaces: q.Tablespaces, ConfigDir: q.ConfigDir, Delta: q.Delta, Owner: q.Owner, Takeover: q.Takeover}
+	p.Fetch, err = fetchCommand(cfg, q.Cluster)
 	return p, err
 }
 
@@ -212,7 +224,19 @@ func fetchCommand(cfg *config.Config, cluster string) ([]string, error) {
 }
 
 func (e *env) restoreDir(ctx context.Context, opt dirOptions) error {
-	p, err := e.physical(ctx, opt)
+	q, err := opt.request()
+	if err != nil {
+		return err
+	}
+	cfg, r, cluster, id, err := e.which(ctx, opt)
+	if err != nil {
+		return err
+	}
+	q.Cluster, q.Backup = cluster, id
+	if opt.Host != "" {
+		return e.restoreOn(ctx, cfg, q, opt)
+	}
+	p, err := prepareRestore(cfg, r, q)
 	if err != nil {
 		return err
 	}
@@ -253,6 +277,41 @@ func (e *env) restoreDir(ctx context.Context, opt dirOptions) error {
 	if err == nil {
 		e.say("now start PostgreSQL %s on it: %s", plan.Version, then(p))
 	}
+	return err
+}
+
+// restoreOn lets the worker of another host do it.
+func (e *env) restoreOn(ctx context.Context, cfg *config.Config, q activities.RestoreRequest, opt dirOptions) error {
+	if opt.DryRun {
+		return config.Errorf("--dry-run and --host exclude each other: run it there without --host")
+	}
+	s, err := e.temporal(ctx)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	start := client.StartWorkflowOptions{ID: workflows.RestoreWorkflowID(opt.Host, q.Dir), TaskQueue: workflows.Queue,
+		WorkflowExecutionErrorWhenAlreadyStarted: true, WorkflowRunTimeout: runTimeout, StaticSummary: "restore of " + q.Cluster + " on " + opt.Host}
+	run, err := s.ExecuteWorkflow(ctx, start, workflows.RestoreName, workflows.RestoreRequest{Host: opt.Host, RestoreRequest: q})
+	if temporal.IsWorkflowExecutionAlreadyStartedError(err) {
+		return fail.With(fail.AlreadyRunning, fmt.Errorf("%s on %s is being restored already, by workflow %s", q.Dir, opt.Host, start.ID))
+	}
+	if err != nil {
+		return fmt.Errorf("start restore: %w", err)
+	}
+	e.say("restore of %s on %s started", q.Cluster, opt.Host)
+	if link := s.link(run.GetID(), run.GetRunID()); link != "" {
+		e.say("%s", link)
+	}
+	began := time.Now()
+	var res activities.PlanRestoreResult
+	if err := e.await(ctx, s, run, &res); err != nil {
+		return err
+	}
+	if opt.JSON {
+		return printJSON(e.out, "restore dir", dirShown{PhysicalPlan: res.Plan, Seconds: time.Since(began).Seconds()})
+	}
+	_, err = fmt.Fprintf(e.out, "restored %s to %s on %s: %s, %s in %s\n", res.Plan.Backup.ID, q.Dir, opt.Host, count(res.Plan.Files, "file"), size(res.Plan.Bytes), span(time.Since(began)))
 	return err
 }
 

@@ -8,11 +8,14 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/pgkeep/pgkeep/activities"
 	"github.com/pgkeep/pgkeep/internal/audit"
 	"github.com/pgkeep/pgkeep/internal/backup"
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/open"
+	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/restore"
 	"github.com/pgkeep/pgkeep/worker"
 )
 
@@ -79,7 +82,14 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 		return err
 	}
 	defer s.Close()
-	return worker.Run(ctx, worker.Options{Client: s.Client, Namespace: s.namespace, Host: string(cfg.Host), Logical: logical, Physical: physical, Audits: audits, Store: st, Log: log, Grace: grace})
+	return worker.Run(ctx, worker.Options{Client: s.Client, Namespace: s.namespace, Host: string(cfg.Host), Logical: logical, Physical: physical, Audits: audits,
+		Store: st, Log: log, Grace: grace, Restore: func(ctx context.Context, q activities.RestoreRequest) (restore.Physical, error) {
+			r, err := repo.Open(ctx, st, access)
+			if err != nil {
+				return restore.Physical{}, err
+			}
+			return prepareRestore(cfg, r, q)
+		}})
 }
 
 // temporalAtLast connects to the server, and waits for it as long as it takes:

@@ -1,9 +1,10 @@
 package e2e
 
 import (
+	"flag"
 	"fmt"
+	"maps"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -12,8 +13,10 @@ import (
 	"testing"
 
 	commonpb "go.temporal.io/api/common/v1"
+	"go.temporal.io/api/temporalproto"
 	"go.temporal.io/sdk/client"
 	"go.temporal.io/sdk/converter"
+	"go.temporal.io/sdk/worker"
 
 	"github.com/pgkeep/pgkeep/activities"
 	"github.com/pgkeep/pgkeep/internal/lab"
@@ -25,18 +28,13 @@ import (
 func (r *rig) archive() {
 	r.t.Helper()
 	dir := lab.DirForTest(r.t) // PostgreSQL's user reads it
-	build := exec.Command("go", "build", "-o", filepath.Join(dir, "pgkeep-wal"), "github.com/pgkeep/pgkeep/cmd/pgkeep-wal")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		r.t.Fatalf("build pgkeep-wal: %v\n%s", err, out)
-	}
 	text, err := os.ReadFile(r.config)
 	if err != nil {
 		r.t.Fatal(err)
 	}
 	r.wal = filepath.Join(dir, "pgkeep.yaml")
 	config := strings.NewReplacer(r.proxy.Addr, r.s3.Addr, r.dir, dir, r.s3.CAFile, dir+"/ca.pem").Replace(string(text))
-	files := map[string]string{"pgkeep.yaml": "", "ca.pem": r.s3.CAFile, "secret": "", "password": "",
+	files := map[string]string{"pgkeep-wal": filepath.Join(filepath.Dir(program), "pgkeep-wal"), "pgkeep.yaml": "", "ca.pem": r.s3.CAFile, "secret": "", "password": "",
 		"keys/signing.key": "", "keys/metadata.key": "", "keys/operator.key": ""}
 	if err := os.MkdirAll(filepath.Join(dir, "keys"), 0o700); err != nil {
 		r.t.Fatal(err)
@@ -50,13 +48,13 @@ func (r *rig) archive() {
 			b = []byte(config)
 		}
 		if err == nil {
-			err = os.WriteFile(filepath.Join(dir, name), b, 0o600)
+			err = os.WriteFile(filepath.Join(dir, name), b, 0o700)
 		}
 		if err != nil {
 			r.t.Fatal(err)
 		}
 	}
-	for _, name := range append([]string{"", "keys", "pgkeep-wal"}, slices.Collect(keysOf(files))...) {
+	for _, name := range append([]string{"", "keys"}, slices.Collect(maps.Keys(files))...) {
 		if err := lab.Own(filepath.Join(dir, name)); err != nil {
 			r.t.Fatal(err)
 		}
@@ -65,16 +63,6 @@ func (r *rig) archive() {
 	err = r.pg.Restart(r.t.Context(), map[string]string{"archive_mode": "on", "archive_command": r.walProgram + " push --config " + r.wal + " %p"})
 	if err != nil {
 		r.t.Fatal(err)
-	}
-}
-
-func keysOf(m map[string]string) func(yield func(string) bool) {
-	return func(yield func(string) bool) {
-		for k := range m {
-			if !yield(k) {
-				return
-			}
-		}
 	}
 }
 
@@ -155,7 +143,18 @@ func TestPhysicalBackupAndRestore(t *testing.T) {
 	r.must("verify", next.ID)
 	r.opened(next.ID)
 
+	dir := lab.DirForTest(t)
+	said := r.must("restore", "--host", "db1", "--target-dir", dir+"/data", "--to-lsn", next.Copy.Stop.String(), "latest")
+	if _, err := os.Stat(dir + "/data/global/pg_control"); err != nil || !strings.Contains(said, next.ID) {
+		t.Errorf("restored by the worker: %v\n%s", err, said)
+	}
+	if res := r.run("restore", "--host", "db1", "--target-dir", dir+"/data"); res.status != 18 {
+		t.Errorf("restored over it: status %d\n%s", res.status, res.err)
+	}
+	r.record(r.client.GetWorkflow(t.Context(), workflows.RestoreWorkflowID("db1", dir+"/data"), ""), "restore-refused")
+
 	run := r.client.GetWorkflow(t.Context(), "pgkeep/main/physical", "")
+	r.record(run, "physical")
 	h := r.history(run)
 	if n := len(h.Events); n > 60 {
 		t.Errorf("%d events", n)
@@ -278,4 +277,29 @@ func (r *rig) heartbeat(run client.WorkflowRun, name string) (p activities.Progr
 
 func fromPayloads(p *commonpb.Payloads, v any) error {
 	return converter.GetDefaultDataConverter().FromPayloads(p, v)
+}
+
+// -record DIR keeps histories for the replay test of package workflows; see
+// there.
+var recordTo = flag.String("record", "", "write histories to this directory")
+
+// record replays the history of a run, and keeps it if asked to.
+func (r *rig) record(run client.WorkflowRun, scenario string) {
+	r.t.Helper()
+	h := r.history(run)
+	replayer := worker.NewWorkflowReplayer()
+	workflows.Register(replayer)
+	if err := replayer.ReplayWorkflowHistory(nil, h); err != nil {
+		r.t.Errorf("replay of %s: %v", scenario, err)
+	}
+	if *recordTo == "" {
+		return
+	}
+	b, err := temporalproto.CustomJSONMarshalOptions{Indent: "  "}.Marshal(h)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(*recordTo, scenario+".json"), append(b, '\n'), 0o644)
+	}
+	if err != nil {
+		r.t.Fatal(err)
+	}
 }

@@ -27,7 +27,7 @@ import (
 	"github.com/pgkeep/pgkeep/workflows"
 )
 
-// program is pgkeep, built once for the package.
+// program is pgkeep, built once for the package; pgkeep-wal lies beside it.
 var program string
 
 func TestMain(m *testing.M) {
@@ -38,8 +38,9 @@ func TestMain(m *testing.M) {
 			return 1
 		}
 		defer os.RemoveAll(dir)
+		os.Chmod(dir, 0o755) // PostgreSQL runs what is in it
 		program = filepath.Join(dir, "pgkeep")
-		build := exec.Command("go", "build", "-o", program, "github.com/pgkeep/pgkeep/cmd/pgkeep")
+		build := exec.Command("go", "build", "-o", dir+"/", "github.com/pgkeep/pgkeep/cmd/pgkeep", "github.com/pgkeep/pgkeep/cmd/pgkeep-wal")
 		build.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := build.CombinedOutput(); err != nil {
 			fmt.Fprintf(os.Stderr, "build pgkeep: %v\n%s", err, out)

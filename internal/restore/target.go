@@ -80,8 +80,13 @@ func (t TargetTimeline) String() string {
 	return strconv.FormatUint(uint64(t), 10)
 }
 
-// MarshalText is for plans.
+// MarshalText is for plans and requests; UnmarshalText is its reverse.
 func (t TargetTimeline) MarshalText() ([]byte, error) { return []byte(t.String()), nil }
+
+func (t *TargetTimeline) UnmarshalText(b []byte) (err error) {
+	*t, err = ParseTimeline(string(b))
+	return err
+}
 
 var (
 	timeForm = regexp.MustCompile(`^(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d(?::\d\d(?:\.\d{1,6})?)?) ?(\S*)$`)
