@@ -108,10 +108,10 @@ func (w *world) killed(at syscallAt, enough func() bool, dir string, args ...str
 		"-e", fmt.Sprintf("inject=%s:signal=SIGKILL:when=%d", at.name, at.n)}, args)
 }
 
-// TestFetchKilledAnywhere kills fetch, and what fetches ahead, with SIGKILL at
+// TestC5FetchKilledAnywhere kills fetch, and what fetches ahead, with SIGKILL at
 // its system calls. What it was to deliver is not there or whole, and the next
 // run delivers it.
-func TestFetchKilledAnywhere(t *testing.T) {
+func TestC5FetchKilledAnywhere(t *testing.T) {
 	w := newWorld(t, 1)
 	_, segments := w.fill()
 	segments = segments[2:6]

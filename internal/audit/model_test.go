@@ -154,7 +154,7 @@ func check(t *testing.T, try func(*testing.T, model)) {
 	}
 }
 
-func TestWindowsAreWhatCanBeReached(t *testing.T) {
+func TestC3WindowsAreWhatCanBeReached(t *testing.T) {
 	check(t, func(t *testing.T, m model) {
 		l := m.ledger()
 		windows, stuck := l.Windows(m.bases)
@@ -308,7 +308,7 @@ func (m model) runs(s spot) time.Time {
 	return at
 }
 
-func TestHolesAreWhatIsMissing(t *testing.T) {
+func TestC3HolesAreWhatIsMissing(t *testing.T) {
 	check(t, func(t *testing.T, m model) {
 		want := m.missing()
 		got := map[spot]time.Time{}

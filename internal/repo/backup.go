@@ -122,8 +122,12 @@ func (f PhysicalFacts) Segments() ([]pg.WALName, error) {
 	if err != nil {
 		return nil, err
 	}
+	last, err := pg.ParseWALName(f.LastWAL)
+	if err != nil {
+		return nil, err
+	}
 	names := []pg.WALName{n}
-	for n.String() < f.LastWAL {
+	for n.Timeline == last.Timeline && n.String() < f.LastWAL {
 		if n, err = n.Next(f.SegmentSize); err != nil {
 			return nil, err
 		}

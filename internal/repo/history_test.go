@@ -26,7 +26,7 @@ var (
 // Whatever happens to a cluster, to uploads and to backups, in whatever order,
 // every backup that is listed reads back byte for byte; and when all are
 // deleted, nothing is left.
-func TestHistories(t *testing.T) {
+func TestC1C2Histories(t *testing.T) {
 	scratch := t.TempDir()
 	signer := setup(t, new(store.Mem), false).operator.Signer
 	for seed := *historyFrom; seed < *historyFrom+uint64(*histories); seed++ {

@@ -192,6 +192,60 @@ func TestNothingChangedSendsNothing(t *testing.T) {
 	}
 }
 
+// Class C1: a change that nothing tells of but the content itself (not the size,
+// not the time, not the page's LSN) is stored, in every block of a file.
+func TestC1AChangeThatNothingBetrays(t *testing.T) {
+	b := setup(t, new(store.Mem), true)
+	host := b.open(t, b.host)
+	d := disk{"data/base/1": pages(1, 40), "data/base/2": pages(2, 3)}
+	if _, _, err := take(host, d, 0); err != nil {
+		t.Fatal(err)
+	}
+	for n := 1; n <= 40; n++ { // a chain: each keeps blocks of the one before
+		d["data/base/1"][n*8192-1] ^= 1
+		m, p, err := take(host, d, n, n-1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p.Sent == 0 || !slices.Contains(m.Uses, backupID(0)) && n < 5 {
+			t.Errorf("backup %d sent %d bytes, and uses %v", n, p.Sent, m.Uses)
+		}
+		got, _, err := readDisk(t, b.r, m, t.TempDir(), false)
+		delete(got, "data/base/")
+		if err != nil || !maps.EqualFunc(got, d, bytes.Equal) {
+			t.Errorf("backup %d: restored files differ, %v", n, err)
+		}
+	}
+}
+
+// Class C7: the segments that a backup needs are all of them, and no other.
+func TestC7SegmentsOfABackup(t *testing.T) {
+	for _, tt := range []struct {
+		first, last string
+		size        pg.SegmentSize
+		want        int // 0: they cannot be told
+	}{
+		{"000000010000000000000002", "000000010000000000000002", 16 << 20, 1},
+		{"000000010000000000000002", "000000010000000000000003", 16 << 20, 2},
+		{"0000000100000000000000FE", "000000010000000100000001", 16 << 20, 4},
+		{"000000010000000000000FFF", "000000010000000100000000", 1 << 20, 2},
+		{"000000010000000000000003", "000000010000000100000001", 1 << 30, 3},
+		{"000000010000000000000003", "000000010000000000000002", 16 << 20, 0},
+		{"000000010000000000000003", "000000020000000000000004", 16 << 20, 0},
+		{"000000010000000000000003", "00000002.history", 16 << 20, 0},
+		{"000000010000000000000003", "", 16 << 20, 0},
+	} {
+		names, err := repo.PhysicalFacts{FirstWAL: tt.first, LastWAL: tt.last, SegmentSize: tt.size}.Segments()
+		if (err != nil) != (tt.want == 0) || len(names) != tt.want {
+			t.Errorf("from %s to %s: %v, %v; want %d", tt.first, tt.last, names, err, tt.want)
+			continue
+		}
+		if tt.want > 0 && (names[0].String() != tt.first || names[tt.want-1].String() != tt.last) {
+			t.Errorf("from %s to %s: %v", tt.first, tt.last, names)
+		}
+	}
+}
+
 func newIdentity(t *testing.T) *age.X25519Identity {
 	t.Helper()
 	id, err := age.GenerateX25519Identity()

@@ -258,7 +258,7 @@ func TestIncrementalSurvivesEveryFailure(t *testing.T) {
 }
 
 // What cannot be read of an earlier backup is stored anew: its loss is healed.
-func TestDamagedPriorIsNotBuiltOn(t *testing.T) {
+func TestC1DamagedPriorIsNotBuiltOn(t *testing.T) {
 	for _, what := range []string{".pack", "/tree-", "/manifest.json", "other key", "other intent"} {
 		b := setup(t, new(store.Mem), true)
 		d := disk{"data/base/1": pages(1, 100), "data/base/2": pages(2, 40)}
@@ -298,7 +298,7 @@ func TestDamagedPriorIsNotBuiltOn(t *testing.T) {
 
 // A backup that is deleted while it is taken is not published later, when
 // nothing tells of the deletion any more.
-func TestDeletedWhileItIsTaken(t *testing.T) {
+func TestC2DeletedWhileItIsTaken(t *testing.T) {
 	b := setup(t, new(store.Mem), false)
 	d := disk{"data/base/1": pages(1, 40)}
 	if err := intend(b.r, 0); err != nil {

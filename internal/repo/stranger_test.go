@@ -175,7 +175,7 @@ func TestReadingDirectoriesIsProgress(t *testing.T) {
 
 // A deletion that falls between Publish's last look and its write wins: nothing
 // is listed that lacks its packs.
-func TestDeletionWhilePublishing(t *testing.T) {
+func TestC2DeletionWhilePublishing(t *testing.T) {
 	b := setup(t, new(store.Mem), false)
 	root, _ := tree(t)
 	deleted := false

@@ -120,7 +120,7 @@ func TestWALComesBackAndIsNeverReplaced(t *testing.T) {
 
 // Whatever happens to an object, what it yields is never taken for the file, and
 // a host that would archive the file again is not told that it is there.
-func TestDamagedWALIsNeverDelivered(t *testing.T) {
+func TestC5DamagedWALIsNeverDelivered(t *testing.T) {
 	for _, encrypted := range []bool{false, true} {
 		b := setup(t, new(store.Mem), encrypted)
 		n, content := segment(t)

@@ -89,7 +89,7 @@ func tree(t testing.TB, dir string) map[string]string {
 }
 
 // P25, C10: nothing that is there is touched, without or with --delta.
-func TestARestoreRefusesPlacesThatHoldSomething(t *testing.T) {
+func TestC10ARestoreRefusesPlacesThatHoldSomething(t *testing.T) {
 	s := newSite(t)
 	s.take()
 	other := lab.PostgresForTest(t, lab.PostgresOptions{Dir: s.mkdir("other")})
@@ -145,7 +145,7 @@ func TestARestoreRefusesPlacesThatHoldSomething(t *testing.T) {
 
 // P26, P31: a restore that was cut off anywhere leaves nothing that starts, and
 // goes on when it is run again.
-func TestARestoreThatWasCutOffGoesOn(t *testing.T) {
+func TestC10ARestoreThatWasCutOffGoesOn(t *testing.T) {
 	s := newSite(t)
 	s.rows(40)
 	first := s.take()
@@ -309,7 +309,7 @@ func TestOldSettingsAreOutOfForce(t *testing.T) {
 
 // P29, C4: when the end of the log has been lost since the plan was made,
 // recovery fails. It does not end early.
-func TestRecoveryFailsWhereTheLogWasLost(t *testing.T) {
+func TestC4RecoveryFailsWhereTheLogWasLost(t *testing.T) {
 	s := newSite(t)
 	s.rows(5)
 	s.take()

@@ -41,7 +41,7 @@ import (
 //
 // (1) It knows manifests of version 1 only: it is given the same list of files as
 // one of those. A judge that is not there fails the test.
-func TestEveryVersionIsRestoredAsItWas(t *testing.T) {
+func TestC1EveryVersionIsRestoredAsItWas(t *testing.T) {
 	for major := 14; major <= 18; major++ {
 		t.Run(fmt.Sprint(major), func(t *testing.T) {
 			t.Parallel()

@@ -135,7 +135,7 @@ func TestPushRefusesWhatCannotBe(t *testing.T) {
 	}
 }
 
-func TestAbsenceIsProvedOrAnError(t *testing.T) {
+func TestC4AbsenceIsProvedOrAnError(t *testing.T) {
 	const seg = "0000000100000000000000"
 	newer := server
 	newer.Timeline = 2
@@ -176,7 +176,7 @@ func TestAbsenceIsProvedOrAnError(t *testing.T) {
 }
 
 // Whichever call of the store fails, absence is not what comes of it.
-func TestNoFailureIsAbsence(t *testing.T) {
+func TestC4NoFailureIsAbsence(t *testing.T) {
 	mem := new(store.Mem)
 	r := archiveIn(t, mem)
 	for _, name := range []string{"000000010000000000000041", "00000002.history"} {

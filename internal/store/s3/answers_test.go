@@ -124,7 +124,7 @@ func serves(content string, limit int) answer {
 	}
 }
 
-func TestAnswersToPut(t *testing.T) {
+func TestC6AnswersToPut(t *testing.T) {
 	for name, c := range map[string]struct {
 		answers []answer
 		want    error // nil: success
@@ -316,7 +316,7 @@ func multipart(t *testing.T, heads answer, completes ...answer) (b *s3.Bucket, a
 	return b, func() bool { mu.Lock(); defer mu.Unlock(); return aborts > 0 }
 }
 
-func TestAnswersToComplete(t *testing.T) {
+func TestC6AnswersToComplete(t *testing.T) {
 	body := strings.Repeat("0123456789abcdef", 17<<20/16)
 	is := func(size int, sum uint32) answer {
 		return func(w http.ResponseWriter, r *http.Request) {
