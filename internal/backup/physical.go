@@ -189,10 +189,12 @@ func (p *Physical) copy(ctx context.Context, r *repo.Repo, id repo.ID, total int
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	gov := newGovernor(p.Pace)
-	var watching sync.WaitGroup
-	watching.Go(func() { p.watch(ctx, s, gov, cancel) })
-	defer watching.Wait()
 	defer cancel(nil)
+	watched, unwatch := context.WithCancel(ctx)
+	var watching sync.WaitGroup
+	watching.Go(func() { p.watch(ctx, watched, s, gov, cancel) })
+	defer watching.Wait()
+	defer unwatch()
 	check := pgdata.PageCheck{Start: begun.LSN, Now: func() (pg.LSN, error) { return s.Position(ctx) }}
 	if !control.Checksums {
 		check = pgdata.PageCheck{}
@@ -239,6 +241,8 @@ func (p *Physical) copy(ctx context.Context, r *repo.Repo, id repo.ID, total int
 	if err != nil {
 		return Copied{}, because(ctx, err)
 	}
+	unwatch() // the session ends now, as it should
+	watching.Wait()
 	end, err := s.Stop(ctx)
 	if err != nil {
 		return Copied{}, because(ctx, err)
@@ -277,9 +281,10 @@ func because(ctx context.Context, err error) error {
 }
 
 // watch ends the copy when its session does: what is read after that is worth
-// nothing. And it looks at how far standbys are behind.
-func (p *Physical) watch(ctx context.Context, s *cluster.BackupSession, gov *governor, stop context.CancelCauseFunc) {
-	for rest(ctx, 5*time.Second) == nil {
+// nothing. And it looks at how far standbys are behind. It returns when while is
+// done, and lets a question be answered first: cut off, it would end the session.
+func (p *Physical) watch(ctx, while context.Context, s *cluster.BackupSession, gov *governor, stop context.CancelCauseFunc) {
+	for rest(while, 5*time.Second) == nil {
 		if err := s.Check(ctx); err != nil && ctx.Err() == nil {
 			stop(err)
 			return
