@@ -187,6 +187,14 @@ func (e *env) which(ctx context.Context, opt dirOptions) (cfg *config.Config, r 
 func prepareRestore(cfg *config.Config, r *repo.Repo, q activities.RestoreRequest) (p restore.Physical, err error) {
 	p = restore.Physical{Repo: r, Cluster: q.Cluster, Backup: q.Backup, Target: q.Target, Action: q.Action, Standby: q.Standby, Dir: q.Dir,
 		Tablespaces: q.Tablespaces, ConfigDir: q.ConfigDir, Delta: q.Delta, Owner: q.Owner, Takeover: q.Takeover}
+	for _, file := range []string{cfg.File(), string(cfg.Keys.SigningKey), string(cfg.Keys.MetadataIdentity), string(cfg.Keys.Identity),
+		string(cfg.Repository.CAFile), string(cfg.Repository.SecretAccessKeyFile)} {
+		if abs, err := filepath.Abs(file); err == nil && file != "" {
+			if _, err := os.Stat(abs); err == nil {
+				p.Needs = append(p.Needs, abs)
+			}
+		}
+	}
 	p.Fetch, err = fetchCommand(cfg, q.Cluster)
 	return p, err
 }

@@ -361,3 +361,36 @@ func TestAStandbyFollowsTheArchive(t *testing.T) {
 	s.archived()
 	s.until("the standby has the rows", func() bool { return slices.Equal(seqs(t, s.pg), seqs(t, server)) })
 }
+
+// The configuration from outside of the data directory comes back beside it, if
+// it is wanted; and the plan says what the server's user may not read.
+func TestConfigurationFromOutsideComesBackBesideTheDirectory(t *testing.T) {
+	s := newSite(t)
+	hba := s.write("pg_hba.conf", "local all all trust # of ours\n")
+	if err := s.pg.Restart(t.Context(), map[string]string{"hba_file": hba}); err != nil {
+		t.Fatal(err)
+	}
+	s.take()
+	p := s.physical("config", latestMoment)
+	if plan, err := p.Plan(t.Context()); err != nil || len(plan.Config) != 1 || len(plan.Notes) != 1 || !strings.Contains(plan.Notes[0], "--config-dir") {
+		t.Errorf("the plan is %+v (%v)", plan, err)
+	}
+	p.ConfigDir = filepath.Join(filepath.Dir(p.Dir), "etc")
+	closed := filepath.Join(t.TempDir(), "closed.yaml")
+	if err := os.WriteFile(closed, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p.Needs = []string{s.config, closed}
+	plan := s.restored(p)
+	if closedTo := os.Getuid() == 0; closedTo != (len(plan.Notes) == 1 && strings.Contains(plan.Notes[0], "closed.yaml, and may not read it")) {
+		t.Errorf("notes are %q", plan.Notes)
+	}
+	s.sound(p)
+	found, err := filepath.Glob(filepath.Join(p.ConfigDir, "*", "pg_hba.conf"))
+	if err != nil || len(found) != 1 {
+		t.Fatalf("%v (%v) in %v", found, err, tree(t, filepath.Dir(p.Dir)))
+	}
+	if b, err := os.ReadFile(found[0]); err != nil || !strings.Contains(string(b), "of ours") {
+		t.Errorf("it says %q (%v)", b, err)
+	}
+}

@@ -40,6 +40,9 @@ type Physical struct {
 	// Fetch is the command with its arguments, without the file and the path,
 	// with which the server gets its log.
 	Fetch []string
+	// Needs are the files that Fetch reads. The plan says which of them the
+	// owner cannot read.
+	Needs []string
 	// Takeover: it takes the place of its source, and keeps its settings for
 	// archiving, replication and subscriptions. Otherwise these are turned off.
 	Takeover bool

@@ -102,7 +102,43 @@ func (p Physical) planPlaces(plan *PhysicalPlan) error {
 		return err
 	}
 	plan.Owner = plan.owner.name
+	for _, name := range p.Needs {
+		if why := plan.owner.cannotRead(name); why != "" {
+			plan.Notes = append(plan.Notes, fmt.Sprintf("%s gets its log with %s, and may not read it: %s", plan.Owner, name, why))
+		}
+	}
 	return p.checkSpace(plan)
+}
+
+// cannotRead says why a file is closed to o; "" if it is open, as far as modes
+// tell, or o is nobody else.
+func (o owner) cannotRead(name string) string {
+	if o.name == "" {
+		return ""
+	}
+	allowed := func(name string, bit uint32) string {
+		var st unix.Stat_t
+		if err := unix.Stat(name, &st); err != nil {
+			return err.Error()
+		}
+		mode := st.Mode & 0o7
+		switch {
+		case int(st.Uid) == o.uid:
+			mode = st.Mode >> 6
+		case int(st.Gid) == o.gid:
+			mode = st.Mode >> 3
+		}
+		if mode&bit == 0 {
+			return fmt.Sprintf("%s has mode %04o", name, st.Mode&0o7777)
+		}
+		return ""
+	}
+	for dir := filepath.Dir(name); dir != "/" && dir != "."; dir = filepath.Dir(dir) {
+		if why := allowed(dir, 1); why != "" {
+			return why
+		}
+	}
+	return allowed(name, 4)
 }
 
 func notEmpty(dir, hint string, empty bool) error {
