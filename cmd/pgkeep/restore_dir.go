@@ -5,9 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -197,6 +199,37 @@ func prepareRestore(cfg *config.Config, r *repo.Repo, q activities.RestoreReques
 	}
 	p.Fetch, err = fetchCommand(cfg, q.Cluster)
 	return p, err
+}
+
+// prepareAllowed is prepareRestore for a request that came over Temporal: it may
+// write only where the configuration of this host says.
+func prepareAllowed(cfg *config.Config, r *repo.Repo, q activities.RestoreRequest) (restore.Physical, error) {
+	places := slices.Collect(maps.Values(q.Tablespaces))
+	places = append(places, q.Dir)
+	if q.ConfigDir != "" {
+		places = append(places, q.ConfigDir)
+	}
+	for _, place := range places {
+		if !slices.ContainsFunc(cfg.RestoreDirs, func(dir config.Path) bool { return below(string(dir), place) }) {
+			return restore.Physical{}, fail.Hint(config.Errorf("host %s restores nothing into %s on request", cfg.Host, place),
+				"name a directory above it as one of restore_dirs in the configuration there, and start the worker again; or run pgkeep restore there, without --host")
+		}
+	}
+	return prepareRestore(cfg, r, q)
+}
+
+// below reports whether a path lies below a directory, links followed as far as
+// the path exists.
+func below(dir, path string) bool {
+	dir, path = resolved(dir), resolved(path)
+	return strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/")
+}
+
+func resolved(path string) string {
+	if real, err := filepath.EvalSymlinks(path); err == nil || path == "/" {
+		return cmp.Or(real, path)
+	}
+	return filepath.Join(resolved(filepath.Dir(path)), filepath.Base(path))
 }
 
 // fetchCommand is what PostgreSQL will get its log with: the program that came

@@ -88,7 +88,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 			if err != nil {
 				return restore.Physical{}, err
 			}
-			return prepareRestore(cfg, r, q)
+			return prepareAllowed(cfg, r, q)
 		}})
 }
 

@@ -27,6 +27,8 @@ type Config struct {
 	Host Host `yaml:"host"`
 	// The directory for what is on its way to the repository: dumps, and packs not yet sent. It needs room for the largest dump.
 	Spool Path `yaml:"spool" default:"/var/lib/pgkeep/spool"`
+	// The directories below which `pgkeep restore --host` may have data directories made on this host. If none is given, it may nowhere: whoever starts workflows does not choose where this host writes.
+	RestoreDirs []Path `yaml:"restore_dirs"`
 	// What pgkeep says while it works, on standard error.
 	Log Log `yaml:"log"`
 	// The PostgreSQL clusters to back up, by name. The name stands in object keys and workflow ids: lower-case letters, digits, `_` and `-`, at most 63 bytes.

@@ -102,6 +102,7 @@ keys: {signing_key: %[6]s/keys/signing.key, metadata_identity: %[6]s/keys/metada
 temporal: {address: "%[7]s", namespace: %[8]s, ui_url: "%[9]s"}
 host: db1
 spool: %[6]s/spool
+restore_dirs: [/tmp]
 log: {level: info, format: json}
 clusters: {main: {conninfo: "%[10]s", password_file: %[11]s, logical: {lock_wait: 3m}, physical: {rate: 0}}}
 schedules: [{cluster: main, cron: "30 1 * * *", jitter: 0s}]
