@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
@@ -142,7 +143,7 @@ func (h *history) change() {
 }
 
 func (h *history) writing(n int) repo.Writing {
-	return repo.Small(repo.Writing{Ref: repo.Ref{Cluster: "main", ID: backupID(n)}, PackSize: 60_000})
+	return repo.Small(repo.Writing{Ref: repo.Ref{Cluster: "main", ID: backupID(n)}, PackSize: 60_000, Readers: 1 + h.rnd.IntN(4)/3*2})
 }
 
 // begin writes the intent of the next backup. It pins some that exist.
@@ -200,7 +201,10 @@ func (h *history) attempt() error {
 	}
 	puts := 1 + h.rnd.IntN(8)
 	cut := errors.New("cut")
+	var mu sync.Mutex
 	broken := &fault.Store{Store: h.mem, Before: func(op, key string) error {
+		mu.Lock()
+		defer mu.Unlock()
 		if op != "put" {
 			return nil
 		}
@@ -229,7 +233,10 @@ func (h *history) delete(st store.Store, n int) error {
 func (h *history) at(n int, ops string, do func() error) (st store.Store, failed *error) {
 	failed = new(error)
 	done := false
+	var mu sync.Mutex // others wait until it is done
 	return &fault.Store{Store: h.mem, Before: func(op, key string) error {
+		mu.Lock()
+		defer mu.Unlock()
 		if done || !strings.Contains(ops, op) {
 			return nil
 		}

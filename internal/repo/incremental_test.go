@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -98,10 +99,13 @@ func upload(r *repo.Repo, d disk, n int) (progress repo.Progress, err error) {
 	return store1(r, d, repo.Writing{Ref: repo.Ref{Cluster: "main", ID: backupID(n)}, PackSize: 200_000})
 }
 
-// store1 stores a disk with one reader and one sender.
+// store1 stores a disk, with one reader and one sender unless w says otherwise.
 func store1(r *repo.Repo, d disk, w repo.Writing) (progress repo.Progress, err error) {
-	w.Open, w.Readers, w.Senders = d.open, 1, 1
-	w.Progress = func(p repo.Progress) { // one reader, one sender, and their numbers only grow
+	w.Open, w.Readers, w.Senders = d.open, max(1, w.Readers), max(1, w.Senders)
+	var mu sync.Mutex
+	w.Progress = func(p repo.Progress) {
+		mu.Lock()
+		defer mu.Unlock()
 		progress = repo.Progress{Read: max(progress.Read, p.Read), Kept: max(progress.Kept, p.Kept), Sent: max(progress.Sent, p.Sent)}
 	}
 	wr, err := r.Begin(ctx, w)

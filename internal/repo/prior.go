@@ -61,13 +61,13 @@ func (w *Writer) winners(ctx context.Context, layers []heldLayer, mu *sync.Mutex
 		return buf, nil, nil
 	}
 	end := first + count
+	mu.Lock()
+	now := slices.Clone(layers) // other chunks of the file learn of low and high
+	mu.Unlock()
 	feet := make([]*footer, len(layers))
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(8)
-	for i := range layers {
-		mu.Lock()
-		l := layers[i]
-		mu.Unlock()
+	for i, l := range now {
 		if l.high > 0 && (l.low >= end || l.high <= first) {
 			continue
 		}
@@ -90,7 +90,7 @@ func (w *Writer) winners(ctx context.Context, layers []heldLayer, mu *sync.Mutex
 		if foot == nil {
 			continue
 		}
-		l := layers[i] // of these fields only low and high change
+		l := now[i]
 		from, to := l.first, l.first+l.frames
 		if l.frames == 0 {
 			from, to = foot.framesOf(file.Path)

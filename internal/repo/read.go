@@ -220,7 +220,7 @@ func (re *reader) part(ctx context.Context, id ID, part Part) error {
 	var work []packWork
 	for i, p := range packs {
 		switch {
-		case re.bad[p.Key]:
+		case re.known(p):
 		case re.opt.Place != nil && len(frames[i]) == 0:
 		case re.opt.Place == nil && (!need[i] || !fresh[i] || re.opt.Packs != nil && !re.opt.Packs(p)):
 		default:
@@ -289,6 +289,13 @@ func (re *reader) damage(key string, err error) error {
 	return re.rep.add(key, err)
 }
 
+// known reports whether the directory of p is known to be damaged.
+func (re *reader) known(p Pack) bool {
+	re.mu.Lock()
+	defer re.mu.Unlock()
+	return re.bad[p.Key]
+}
+
 // progress tells that n more bytes were read, or that it moves.
 func (re *reader) progress(n int64) {
 	if re.opt.Progress != nil {
@@ -302,7 +309,7 @@ func (re *reader) footers(ctx context.Context, packs []Pack, need []bool) error 
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(8)
 	for i, p := range packs {
-		if !need[i] || re.bad[p.Key] {
+		if !need[i] || re.known(p) {
 			continue
 		}
 		g.Go(func() error {
@@ -389,10 +396,7 @@ func (re *reader) picks(ctx context.Context, f *wantedFile, packs []Pack) (picks
 		bad := func(format string, args ...any) ([]pick, error) {
 			return nil, re.damage(pack.Key, fmt.Errorf("%s: "+format+": %w", append(append([]any{e.Path}, args...), fail.Corrupt)...))
 		}
-		re.mu.Lock()
-		known := re.bad[pack.Key]
-		re.mu.Unlock()
-		if known {
+		if re.known(pack) {
 			return nil, nil // and reported
 		}
 		foot, err := re.feet.get(ctx, pack)
