@@ -50,9 +50,6 @@ type Ref struct {
 	ID      ID     `json:"id"`
 }
 
-// String names the backup in messages.
-func (b Ref) String() string { return strings.TrimSuffix(b.dir(), "/") }
-
 func clusterPrefix(cluster string) string { return "clusters/" + cluster + "/" }
 func (b Ref) dir() string                 { return clusterPrefix(b.Cluster) + "backups/" + string(b.ID) + "/" }
 func (b Ref) packs() string               { return clusterPrefix(b.Cluster) + "packs/" + string(b.ID) + "/" }

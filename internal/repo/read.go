@@ -134,7 +134,11 @@ func (r *Repo) Read(ctx context.Context, id ID, c Content, rd Reading) (Report, 
 		}
 	}
 	if len(rep.Damage) == 0 && rd.Want == nil && rd.Place == nil && (rep.Files != c.Files || rep.Packs != c.Packs || rep.Bytes != c.Bytes) {
-		rep.Damage = append(rep.Damage, Damage{Ref{ID: id}.String(), "number of files, packs or bytes is not what was published", fail.Corrupt})
+		object := string(id)
+		if len(c.Trees) > 0 {
+			object = c.Trees[0].Key
+		}
+		rep.Damage = append(rep.Damage, Damage{object, "number of files, packs or bytes is not what was published", fail.Corrupt})
 	}
 	slices.SortFunc(rep.Damage, func(a, b Damage) int { return strings.Compare(a.Object, b.Object) })
 	if rd.Place != nil {
