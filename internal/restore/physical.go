@@ -115,7 +115,10 @@ func (p Physical) Plan(ctx context.Context) (PhysicalPlan, error) {
 	if err := p.planFiles(ctx, &plan); err != nil {
 		return plan, err
 	}
-	return plan, p.planPlaces(&plan)
+	if err := p.planPlaces(&plan); err != nil {
+		return plan, err
+	}
+	return plan, p.spareSource(&plan)
 }
 
 func (p *Physical) check() error {

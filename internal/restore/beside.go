@@ -1,0 +1,86 @@
+package restore
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/backup"
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/pg"
+)
+
+// spareSource refuses a restore beside its source if recovery would come to the
+// making of a tablespace that the source has. PostgreSQL makes it at the path
+// that the log names, whatever was mapped, and writes over what is there ("CREATE
+// TABLESPACE" among the caveats in its chapter on continuous archiving). Whoever
+// may not read the source may not overwrite it either, and need not be stopped.
+func (p Physical) spareSource(plan *PhysicalPlan) error {
+	m := plan.resolved.Backup
+	var details backup.PhysicalDetails
+	if err := p.Repo.OpenDetails(m, &details); err != nil {
+		return err
+	}
+	source := details.DataDirectory
+	if source == "" || realPath(source) == realPath(p.Dir) {
+		return nil
+	}
+	b, err := os.ReadFile(filepath.Join(source, controlFile))
+	if elsewhere(err) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("restore: is %s the source: %w", source, err)
+	}
+	if c, err := pg.ParseControl(b); err == nil && c.System != m.System { // a torn one may be the source's
+		return nil
+	}
+	links, err := os.ReadDir(filepath.Join(source, "pg_tblspc"))
+	if err != nil && !elsewhere(err) {
+		return fmt.Errorf("restore: tablespaces of the source: %w", err)
+	}
+	held := make(map[string]bool)
+	for _, t := range plan.Tablespaces {
+		held[t.OID] = true
+	}
+	for _, link := range links {
+		info, err := link.Info()
+		if errors.Is(err, fs.ErrNotExist) || err == nil && info.Mode()&fs.ModeSymlink == 0 {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("restore: tablespaces of the source: %w", err)
+		}
+		made := info.ModTime() // before the transaction that made it had committed, by the same clock
+		if held[link.Name()] && made.Before(m.Physical.StartedAt) || p.Target.Kind != Latest && plan.until().Before(made) {
+			continue
+		}
+		to, err := os.Readlink(filepath.Join(source, "pg_tblspc", link.Name()))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("restore: tablespaces of the source: %w", err)
+		}
+		return fail.Hint(fmt.Errorf("restore: the source, %s, made tablespace %s at %s after backup %s had begun; recovery would write over it: %w", source, link.Name(), to, m.ID, fail.NotEmpty),
+			fmt.Sprintf("take a backup now and restore that one, or restore to a moment before %s, or on another host", made.UTC().Format(time.RFC3339)))
+	}
+	return nil
+}
+
+// elsewhere says of an error that what was looked for is not on this host, or
+// out of reach.
+func elsewhere(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission)
+}
+
+// until is the time of the last thing known to happen before recovery ends.
+func (plan *PhysicalPlan) until() time.Time {
+	at := plan.TakenAt
+	for _, m := range []*Moment{plan.Stop, plan.Last} {
+		if m != nil && m.Time.After(at) {
+			at = m.Time
+		}
+	}
+	return at
+}

@@ -1,0 +1,89 @@
+package restore_test
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/restore"
+)
+
+// Class C10: PostgreSQL replays the making of a tablespace at its path, and would
+// write over that of the source beside it.
+func TestC10TheSourcesTablespacesAreNotWrittenOver(t *testing.T) {
+	s := newSite(t)
+	s.take()
+	s.rows(5)
+	before := s.position()
+	s.rows(5)
+	made := time.Now()
+	later := s.mkdir("later")
+	s.exec("CREATE TABLESPACE later LOCATION '"+later+"'", "CREATE TABLE late (i int) TABLESPACE later", "INSERT INTO late SELECT generate_series(1, 1000)")
+	s.rows(5)
+	behind, behindTime := s.position(), query[time.Time](t, s.pg, "SELECT clock_timestamp()")
+	s.rows(5)
+	s.archived()
+	s.exec("INSERT INTO late SELECT generate_series(1001, 6000)", "CHECKPOINT") // in no archive yet
+	for what, target := range map[string]restore.Target{
+		"the latest moment": latestMoment,
+		"a time behind":     {Kind: restore.ToTime, Time: behindTime},
+		"a position behind": {Kind: restore.ToLSN, LSN: behind},
+	} {
+		p := s.physical("beside", target)
+		if _, err := p.Plan(t.Context()); !errors.Is(err, fail.NotEmpty) || !strings.Contains(fail.HintOf(err), "restore to a moment before "+made.UTC().Format("2006-01-02T")) {
+			t.Errorf("%s: %v; %s", what, err, fail.HintOf(err))
+		}
+		if _, err := os.Lstat(p.Dir); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: %s is there (%v)", what, p.Dir, err)
+		}
+	}
+	for _, target := range []restore.Target{{Kind: restore.Immediate}, {Kind: restore.ToLSN, LSN: before}} {
+		p := s.physical("beside "+string(target.Kind), target)
+		s.restored(p)
+		server, err := s.start(p, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		server.Kill()
+	}
+	if err := s.pg.Restart(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if n := query[int](t, s.pg, "SELECT count(*) FROM late"); n != 6000 {
+		t.Errorf("the source has %d rows of 6000", n)
+	}
+	// With a backup that holds it, there is nothing to fear.
+	s.take()
+	p := s.physical("again", latestMoment)
+	oid := query[string](t, s.pg, "SELECT oid::text FROM pg_tablespace WHERE spcname = 'later'")
+	p.Tablespaces[oid] = filepath.Join(s.dir, "again/later")
+	s.restored(p)
+	// Unless it was made while that backup was taken.
+	link := filepath.Join(s.pg.DataDir, "pg_tblspc", oid)
+	now := []unix.Timeval{unix.NsecToTimeval(time.Now().UnixNano()), unix.NsecToTimeval(time.Now().UnixNano())}
+	if err := unix.Lutimes(link, now); err != nil {
+		t.Fatal(err)
+	}
+	p = s.physical("once more", latestMoment)
+	p.Tablespaces[oid] = filepath.Join(s.dir, "once more/later")
+	if _, err := p.Plan(t.Context()); !errors.Is(err, fail.NotEmpty) {
+		t.Errorf("a tablespace made during the backup: %v", err)
+	}
+}
+
+func (s *site) position() pg.LSN {
+	s.t.Helper()
+	lsn, err := pg.ParseLSN(query[string](s.t, s.pg, "SELECT pg_current_wal_insert_lsn()::text"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return lsn
+}
