@@ -26,13 +26,15 @@ import (
 	"github.com/pgkeep/pgkeep/workflows"
 )
 
-// aged is a store in which everything is an hour old.
+// aged is a store in which all WAL is an hour old.
 type aged struct{ store.Store }
 
 func (a aged) List(ctx context.Context, prefix, after string) iter.Seq2[store.Object, error] {
 	return func(yield func(store.Object, error) bool) {
 		for o, err := range a.Store.List(ctx, prefix, after) {
-			o.Modified = o.Modified.Add(-time.Hour)
+			if strings.Contains(o.Key, "/wal/") {
+				o.Modified = o.Modified.Add(-time.Hour)
+			}
 			if !yield(o, err) {
 				return
 			}
