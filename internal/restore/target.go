@@ -114,7 +114,7 @@ func ParseTime(s string) (time.Time, error) {
 	}
 	switch zone := zoneForm.FindStringSubmatch(m[3]); {
 	case m[3] == "":
-		return bad("which zone?", fmt.Sprintf("say which: %q is a time in the zone of London's winter, %q one an hour earlier", s+"Z", s+"+01"))
+		return bad("which zone?", fmt.Sprintf("say which: %q is UTC, %q an hour earlier; a name like Europe/Berlin will do, too", s+"Z", s+"+01"))
 	case m[3] == "Z":
 		return wall, nil
 	case zone != nil:
