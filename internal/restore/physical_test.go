@@ -200,22 +200,11 @@ func (s *site) rows(n int) {
 func (s *site) archived() string {
 	s.t.Helper()
 	segment := query[string](s.t, s.pg, "SELECT pg_walfile_name(pg_switch_wal())")
-	s.inArchive(segment)
+	// Several go up at a time, in any order; PostgreSQL is told in theirs.
+	s.until(segment+" is archived", func() bool {
+		return query[bool](s.t, s.pg, "SELECT coalesce(last_archived_wal >= '"+segment+"', false) FROM pg_stat_archiver")
+	})
 	return segment
-}
-
-func (s *site) inArchive(segment string) {
-	s.t.Helper()
-	path := filepath.Join(s.dir, "repository/clusters/main/wal/*", segment[:8], segment+".zst")
-	for deadline := time.Now().Add(time.Minute); ; {
-		if found, err := filepath.Glob(path); err != nil || len(found) == 1 {
-			return
-		}
-		if time.Now().After(deadline) {
-			s.t.Fatalf("%s is not archived: %s", segment, query[string](s.t, s.pg, "SELECT row_to_json(a)::text FROM pg_stat_archiver a"))
-		}
-		<-time.After(10 * time.Millisecond)
-	}
 }
 
 // take takes a physical backup.
