@@ -21,6 +21,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/lab"
 	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/restore"
 )
 
@@ -237,7 +238,7 @@ func (s *story) draw(rnd *rand.Rand) (restore.Target, pg.Timeline) {
 		}
 		way := s.ways[timeline]
 		l := way[rnd.IntN(len(way))]
-		kind := rnd.IntN(9)
+		kind := rnd.IntN(10)
 		for i := rnd.IntN(len(way)); kind >= 2 && kind <= 5 && l.time.IsZero(); i = (i + 1) % len(way) {
 			l = way[i]
 		}
@@ -258,6 +259,9 @@ func (s *story) draw(rnd *rand.Rand) (restore.Target, pg.Timeline) {
 					l = x
 				}
 			}
+		case 8:
+			t.Kind, t.Exclusive, t.Timeline = restore.Immediate, false, restore.CurrentTimeline
+			return t, 2 // of the newest backup
 		default:
 			t.Kind, t.Exclusive = restore.Latest, false
 			return t, timeline
@@ -307,6 +311,9 @@ func (s *story) exact(name string, target restore.Target, timeline pg.Timeline, 
 		return
 	}
 	defer server.Kill()
+	if target.Kind == restore.Immediate {
+		want = s.atEndOf(plan.Backup, timeline)
+	}
 	if diff := cmp.Diff(want, seqs(s.t, server)); diff != "" {
 		s.t.Errorf("%+v along %v from %s:\n%s", target, timeline, plan.Backup.ID, diff)
 	}
@@ -318,6 +325,23 @@ func (s *story) exact(name string, target restore.Target, timeline pg.Timeline, 
 			s.t.Errorf("%+v: the plan says that the last commit is that of row %d", target, seq)
 		}
 	}
+}
+
+// atEndOf are the rows that were committed when a backup ended.
+func (s *story) atEndOf(b repo.Ref, timeline pg.Timeline) []int32 {
+	s.t.Helper()
+	m, err := s.repo.Backup(s.t.Context(), b)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	rows := []int32{}
+	for _, l := range s.ways[timeline] {
+		if seq, wrote := s.row[timeline][l.xid]; wrote && l.kind == "COMMIT" && l.at < m.Physical.Stop {
+			rows = append(rows, seq)
+		}
+	}
+	slices.Sort(rows)
+	return rows
 }
 
 // P28: what cannot be reached is refused before anything is written.
