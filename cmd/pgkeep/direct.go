@@ -79,11 +79,11 @@ func directPhysical(ctx context.Context, p *backup.Physical, id repo.ID, started
 	if err != nil {
 		return res, nil, err
 	}
-	last, err := p.WaitWAL(ctx, id, func(done, total int64) { bars.Set("wait for WAL", done, total) })
-	if err != nil {
+	rep, err := p.Verify(ctx, id, func(pr repo.Progress) { bars.Set("verify", pr.Read, pr.Total) })
+	if err != nil { // meanwhile the server archives the last segment
 		return res, nil, err
 	}
-	rep, err := p.Verify(ctx, id, func(pr repo.Progress) { bars.Set("verify", pr.Read, pr.Total) })
+	last, err := p.WaitWAL(ctx, id, func(done, total int64) { bars.Set("wait for WAL", done, total) })
 	if err != nil {
 		return res, nil, err
 	}
