@@ -35,7 +35,7 @@ func main() {
 	flag.IntVar(&o.rounds, "rounds", 5, "times that everything is measured")
 	flag.IntVar(&o.temporal, "temporal", 5, "pairs of backups through Temporal and without; 0: do not measure this")
 	flag.Float64Var(&o.churn, "churn", 0.01, "share of the pages that change, anywhere")
-	flag.BoolVar(&o.noise, "noise", false, "rows that compress to a third, not to a twentieth")
+	flag.BoolVar(&o.noise, "noise", false, "rows that compress to a fifth, not to a twentieth")
 	flag.BoolVar(&o.strict, "strict", false, "fail if a target is missed")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
