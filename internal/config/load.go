@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -160,7 +161,9 @@ func (l *loader) err() error {
 	return fail.Hint(Errorf("%s", strings.Join(slices.Compact(lines), "\n")), "docs/CONFIG.md describes every setting")
 }
 
-var yamlLine = regexp.MustCompile(`(?s)^yaml: (?:line (\d+): )?(.*)$`)
+var yamlLine = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`(?s)^yaml: (?:line (\d+): )?(.*)$`)
+})
 
 // document returns the node below the document, or nil for an empty file and
 // for one that is not YAML.
@@ -187,7 +190,7 @@ func (l *loader) document(text []byte) *yaml.Node {
 
 func (l *loader) syntax(err error) {
 	at, text := Source{File: l.file, Line: 1}, err.Error()
-	if m := yamlLine.FindStringSubmatch(text); m != nil {
+	if m := yamlLine().FindStringSubmatch(text); m != nil {
 		text = m[2]
 		if n, err := strconv.Atoi(m[1]); err == nil {
 			at.Line = n

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 	_ "time/tzdata" // time zones are checked the same way on every host
 )
@@ -24,10 +25,24 @@ type privateError struct{ error }
 // A Name is the name of a cluster. It stands in object keys and workflow ids.
 type Name string
 
-var nameForm = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,62}$`)
+// only reports whether s has at least one byte and at most that many, each of
+// them a letter, a digit or one of others. It stands for regular expressions:
+// pgkeep-wal starts once for every segment, and would compile them each time.
+func only(s string, most int, others string) bool {
+	for _, c := range []byte(s) {
+		if !isAlphanumeric(c) && strings.IndexByte(others, c) < 0 {
+			return false
+		}
+	}
+	return s != "" && len(s) <= most
+}
+
+func isAlphanumeric(c byte) bool {
+	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9'
+}
 
 func (n *Name) UnmarshalText(b []byte) error {
-	if !nameForm.Match(b) {
+	if s := string(b); !only(s, 63, "_-") || !isAlphanumeric(s[0]) || strings.ToLower(s) != s {
 		return errors.New("want lower-case letters, digits, _ and -, at most 63, beginning with a letter or a digit")
 	}
 	*n = Name(b)
@@ -37,10 +52,8 @@ func (n *Name) UnmarshalText(b []byte) error {
 // A Host is the name of a host, as it stands in the name of its task queue.
 type Host string
 
-var hostForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$`)
-
 func (h *Host) UnmarshalText(b []byte) error {
-	if !hostForm.Match(b) {
+	if s := string(b); !only(s, 253, "._-") || !isAlphanumeric(s[0]) {
 		return errors.New("want letters, digits, '.', '_' and '-'")
 	}
 	*h = Host(b)
@@ -112,13 +125,17 @@ func (l Location) String() string {
 
 func (l Location) MarshalText() ([]byte, error) { return []byte(l.String()), nil }
 
-// S3 User Guide, "General purpose bucket naming rules". Other services allow
-// upper case and underscores, so these pass too.
-var bucketForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{1,62}$`)
+// isBucket is as S3 User Guide, "General purpose bucket naming rules". Other
+// services allow upper case and underscores, so these pass too.
+func isBucket(s string) bool {
+	return only(s, 63, "._-") && len(s) > 1 && isAlphanumeric(s[0])
+}
 
-// Prefixes are held to characters that no service and no shell treats in a way
-// of its own.
-var prefixForm = regexp.MustCompile(`^[A-Za-z0-9._=+-]+(/[A-Za-z0-9._=+-]+)*$`)
+// isPrefix holds prefixes to characters that no service and no shell treats in a
+// way of its own, between single slashes.
+func isPrefix(s string) bool {
+	return only(s, 1<<10, "._=+-/") && path.Clean(s) == s && s[0] != '/' && !strings.HasPrefix(s, "..")
+}
 
 func (l *Location) UnmarshalText(b []byte) error {
 	const want = "want s3://bucket/prefix or file:///directory"
@@ -127,10 +144,10 @@ func (l *Location) UnmarshalText(b []byte) error {
 	case ok && scheme == "s3":
 		bucket, prefix, _ := strings.Cut(rest, "/")
 		prefix = strings.TrimRight(prefix, "/")
-		if !bucketForm.MatchString(bucket) {
+		if !isBucket(bucket) {
 			return fmt.Errorf("%q is no name of a bucket: %s", bucket, want)
 		}
-		if prefix != "" && (!prefixForm.MatchString(prefix) || path.Clean(prefix) != prefix || strings.HasPrefix(prefix, "..")) {
+		if prefix != "" && !isPrefix(prefix) {
 			return fmt.Errorf("prefix %q: want letters, digits and . _ - = + between single slashes", prefix)
 		}
 		*l = Location{Bucket: bucket, Prefix: prefix}
@@ -149,7 +166,9 @@ func (l *Location) UnmarshalText(b []byte) error {
 // A Conninfo is a libpq connection string without a password.
 type Conninfo string
 
-var passwordInConninfo = regexp.MustCompile(`(?i)(^|[\s?&])(ssl)?password\s*=`)
+var passwordInConninfo = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`(?i)(^|[\s?&])(ssl)?password\s*=`)
+})
 
 var errPassword = privateError{errors.New("a password does not belong here: put it into a file, and name that as password_file")}
 
@@ -160,7 +179,7 @@ func (c *Conninfo) UnmarshalText(b []byte) error {
 			return errPassword
 		}
 	}
-	if passwordInConninfo.MatchString(s) {
+	if strings.Contains(strings.ToLower(s), "password") && passwordInConninfo().MatchString(s) {
 		return errPassword
 	}
 	if !strings.ContainsRune(s, '=') && !strings.HasPrefix(s, "postgres://") && !strings.HasPrefix(s, "postgresql://") {
@@ -178,14 +197,16 @@ func (c Conninfo) IsLocal() bool {
 		if host = u.Query().Get("host"); host == "" {
 			host = u.Hostname()
 		}
-	} else if found := hostInConninfo.FindStringSubmatch(string(c)); found != nil {
+	} else if found := hostInConninfo().FindStringSubmatch(string(c)); found != nil {
 		host = found[1]
 	}
 	ip := net.ParseIP(host)
 	return host == "" || strings.HasPrefix(host, "/") || strings.HasPrefix(host, "@") || host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
-var hostInConninfo = regexp.MustCompile(`(?:^|\s)host(?:addr)?\s*=\s*'?([^\s',]+)`)
+var hostInConninfo = sync.OnceValue(func() *regexp.Regexp {
+	return regexp.MustCompile(`(?:^|\s)host(?:addr)?\s*=\s*'?([^\s',]+)`)
+})
 
 // An Encryption is a way to encrypt backups.
 type Encryption string
