@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/zeebo/xxh3"
+
 	"github.com/pgkeep/pgkeep/internal/durable"
 	"github.com/pgkeep/pgkeep/internal/pg"
 )
@@ -39,16 +41,17 @@ type record struct {
 	Size     int64       `json:"size"` // bytes
 	Modified int64       `json:"modified_ns"`
 	Inode    uint64      `json:"inode"`
-	Sum      string      `json:"sha256"` // hexadecimal
+	Sum      string      `json:"sha256"` // hexadecimal, as the repository has it
+	Check    string      `json:"xxh3"`   // hexadecimal, 128 bits: what the file is compared by when its turn comes
 }
 
-func (p *push) record(n pg.WALName, info fs.FileInfo, sum []byte) record {
+func (p *push) record(n pg.WALName, info fs.FileInfo, sum, check []byte) record {
 	return record{p.Place, p.Cluster, p.server.System, p.instance.ID, n.String(), info.Size(), info.ModTime().UnixNano(),
-		info.Sys().(*syscall.Stat_t).Ino, hex.EncodeToString(sum)}
+		info.Sys().(*syscall.Stat_t).Ino, hex.EncodeToString(sum), hex.EncodeToString(check)}
 }
 
 // recorded reports whether a record proves that the file is archived: it is read
-// again, and has the SHA-256 that it had when it was sent. The record goes.
+// again, and has the content that it had when it was sent. The record goes.
 func (p *push) recorded(n pg.WALName) bool {
 	root, err := os.OpenRoot(filepath.Join(p.instance.Dir, pushedDir))
 	if err != nil {
@@ -69,14 +72,14 @@ func (p *push) recorded(n pg.WALName) bool {
 	if err != nil {
 		return false
 	}
-	want := p.record(n, info, nil)
-	want.Sum = have.Sum
+	want := p.record(n, info, nil, nil)
+	want.Sum, want.Check = have.Sum, have.Check
 	if have != want { // before reading the file
 		return false
 	}
-	sum := sha256.New()
-	size, err := io.CopyBuffer(sum, io.LimitReader(f, info.Size()+1), make([]byte, 256<<10))
-	return err == nil && size == have.Size && hex.EncodeToString(sum.Sum(nil)) == have.Sum
+	check := xxh3.New()
+	size, err := io.CopyBuffer(check, io.LimitReader(f, info.Size()+1), make([]byte, 256<<10))
+	return err == nil && size == have.Size && hex.EncodeToString(digest(check)) == have.Check
 }
 
 func recordName(n pg.WALName) string { return n.String() + ".json" }
@@ -99,7 +102,7 @@ func parseRecord(b []byte) (r record, ok bool) {
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
 	err := d.Decode(&r)
-	return r, err == nil && r.Name != "" && len(r.Sum) == 2*sha256.Size
+	return r, err == nil && r.Name != "" && len(r.Sum) == 2*sha256.Size && r.Check != ""
 }
 
 // lookAhead sends files that wait behind n, and leaves a record of each for the

@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"sync"
 
+	"github.com/zeebo/xxh3"
+
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/repo"
@@ -119,12 +121,13 @@ func (p *push) push(ctx context.Context, n pg.WALName, path string) (record, err
 		}
 		return record{}, err
 	}
-	sum, err := p.archiver.Put(ctx, repo.WALFile{Name: n, Size: info.Size(), Content: content,
+	check := xxh3.New()
+	sum, err := p.archiver.Put(ctx, repo.WALFile{Name: n, Size: info.Size(), Content: io.TeeReader(content, check),
 		May: func(ctx context.Context) error { return p.may(ctx, n) }})
 	if err != nil {
 		return record{}, err
 	}
-	return p.record(n, info, sum), nil
+	return p.record(n, info, sum, digest(check)), nil
 }
 
 // checked returns a reader of a file whose beginning can be what the name says.
