@@ -48,7 +48,9 @@ Exit statuses: https://github.com/pgkeep/pgkeep/blob/main/docs/ERRORS.md
 
 func main() {
 	switch verbOf(os.Args) {
-	case push, claim, ahead:
+	case push:
+		debug.SetGCPercent(800) // one segment is sent before there is anything to collect
+	case claim, ahead:
 	default:
 		// A crash must not end with status 2, which says "end of the log": it
 		// dies by a signal, and PostgreSQL stops.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
@@ -124,7 +125,7 @@ const headroom = 8 + maxWALHeader
 // bounds how many files are on their way at a time.
 type parcel struct {
 	buf    []byte // headroom, then the body
-	pieces [4]piece
+	pieces []piece
 }
 
 func (p *parcel) Write(b []byte) (int, error) { p.buf = append(p.buf, b...); return len(b), nil }
@@ -145,16 +146,22 @@ func (w *Archiver) pack(ctx context.Context, p *parcel, f WALFile) (walHeader, e
 		p.buf = make([]byte, headroom, room) // most of it will never be touched
 	}
 	p.buf = p.buf[:headroom]
-	sealed := &late{ready: w.opened, open: func() (io.WriteCloser, error) {
-		if w.err != nil {
-			return nil, w.err
-		}
-		to, err := w.r.walReaders(f.Name)
-		if err != nil {
-			return nil, err
-		}
-		return seal.EncryptTo(p, to...)
-	}}
+	sealed, err := seal.EncryptTo(p) // to nobody; a repository that does not want that is not opened
+	if w.access.Encrypted {
+		sealed = &late{ready: w.opened, open: func() (io.WriteCloser, error) {
+			if w.err != nil {
+				return nil, w.err
+			}
+			to, err := w.r.walReaders(f.Name)
+			if err != nil {
+				return nil, err
+			}
+			return seal.EncryptTo(p, to...)
+		}}
+	}
+	if err != nil {
+		return walHeader{}, err
+	}
 	sum := sha256.New()
 	size, err := p.compress(ctx, sum, sealed, io.LimitReader(f.Content, f.Size+1))
 	switch {
@@ -166,6 +173,9 @@ func (w *Archiver) pack(ctx context.Context, p *parcel, f WALFile) (walHeader, e
 	if err := sealed.Close(); err != nil {
 		return walHeader{}, err
 	}
+	if <-w.opened; w.err != nil {
+		return walHeader{}, w.err
+	}
 	stored := sha256.Sum256(p.body())
 	return walHeader{Header: w.access.header("wal"), Archive: w.archive, Name: f.Name.String(), Instance: w.instance,
 		Size: size, Sum: sum.Sum(nil), Stored: int64(len(p.body())), StoredSum: stored[:], Epoch: w.r.epochNumber()}, nil
@@ -176,15 +186,17 @@ func (w *Archiver) pack(ctx context.Context, p *parcel, f WALFile) (walHeader, e
 // at the same time: PostgreSQL waits.
 func (p *parcel) compress(ctx context.Context, plain, packed io.Writer, r io.Reader) (int64, error) {
 	g, ctx := errgroup.WithContext(ctx)
-	free := make(chan *piece, len(p.pieces))
-	for i := range p.pieces {
-		if p.pieces[i].comp == nil {
+	if p.pieces == nil {
+		for range min(4, 1+runtime.GOMAXPROCS(0)) { // memory that was never touched costs time too
 			comp, err := seal.NewCompressor()
 			if err != nil {
 				return 0, err
 			}
-			p.pieces[i] = piece{comp: comp, plain: make([]byte, pieceSize)}
+			p.pieces = append(p.pieces, piece{comp: comp, plain: make([]byte, pieceSize)})
 		}
+	}
+	free := make(chan *piece, len(p.pieces))
+	for i := range p.pieces {
 		free <- &p.pieces[i]
 	}
 	order := make(chan *piece, len(p.pieces)) // has room for all
@@ -246,7 +258,7 @@ const pieceSize = 256 << 10 // bytes
 // A late writer holds what is written until the one it is for can be opened.
 type late struct {
 	ready <-chan struct{}
-	held  bytes.Buffer
+	held  [][]byte
 	open  func() (io.WriteCloser, error)
 	to    io.WriteCloser
 }
@@ -256,7 +268,8 @@ func (l *late) Write(b []byte) (int, error) {
 		select {
 		case <-l.ready:
 		default:
-			return l.held.Write(b)
+			l.held = append(l.held, bytes.Clone(b))
+			return len(b), nil
 		}
 		if err := l.begin(); err != nil {
 			return 0, err
@@ -266,11 +279,16 @@ func (l *late) Write(b []byte) (int, error) {
 }
 
 func (l *late) begin() (err error) {
-	if l.to, err = l.open(); err == nil {
-		_, err = l.held.WriteTo(l.to)
-		l.held = bytes.Buffer{} // and its memory
+	if l.to, err = l.open(); err != nil {
+		return err
 	}
-	return err
+	for _, b := range l.held {
+		if _, err := l.to.Write(b); err != nil {
+			return err
+		}
+	}
+	l.held = nil // and its memory
+	return nil
 }
 
 // Close waits until what was held could be written.
