@@ -31,6 +31,9 @@ type Proxy struct {
 	// Rate is how many bytes a second pass in each direction of a connection.
 	// 0: as many as come.
 	Rate atomic.Int64
+	// Delay is how much later bytes arrive, in nanoseconds, each way: half of a
+	// round trip. New connections heed it. To connect takes no time.
+	Delay atomic.Int64
 
 	target string
 	wg     sync.WaitGroup
@@ -145,6 +148,14 @@ func (p *Proxy) serve(client *net.TCPConn) {
 
 // pump moves bytes until one side ends, and then ends the other's input.
 func (p *Proxy) pump(dst, src *net.TCPConn, count *atomic.Int64) {
+	var from io.Reader = src
+	if delay := time.Duration(p.Delay.Load()); delay > 0 {
+		done := make(chan struct{})
+		defer close(done)
+		l := &line{arriving: make(chan arrival, 256)}
+		p.wg.Go(func() { l.carry(src, delay, done) })
+		from = l
+	}
 	buf := make([]byte, 64<<10)
 	for {
 		rate := p.Rate.Load()
@@ -152,7 +163,7 @@ func (p *Proxy) pump(dst, src *net.TCPConn, count *atomic.Int64) {
 		if rate > 0 {
 			some = buf[:min(int64(len(buf)), max(1, rate/20))]
 		}
-		n, err := src.Read(some)
+		n, err := from.Read(some)
 		if rate > 0 {
 			time.Sleep(time.Duration(n) * time.Second / time.Duration(rate))
 		}
@@ -176,6 +187,49 @@ func (p *Proxy) pump(dst, src *net.TCPConn, count *atomic.Int64) {
 			return
 		}
 	}
+}
+
+// A line yields what was read from a connection a while ago.
+type line struct {
+	arriving chan arrival
+	arrival
+}
+
+type arrival struct {
+	b   []byte
+	err error // after b
+	due time.Time
+}
+
+// carry reads src until it ends or nobody wants to know.
+func (l *line) carry(src io.Reader, delay time.Duration, done <-chan struct{}) {
+	for {
+		b := make([]byte, 64<<10)
+		n, err := src.Read(b)
+		select {
+		case l.arriving <- arrival{b[:n], err, time.Now().Add(delay)}:
+		case <-done:
+			return
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+func (l *line) Read(p []byte) (int, error) {
+	if len(l.b) == 0 {
+		if l.err != nil {
+			return 0, l.err
+		}
+		l.arrival = <-l.arriving
+		time.Sleep(time.Until(l.due))
+	}
+	n := copy(p, l.b)
+	if l.b = l.b[n:]; len(l.b) > 0 {
+		return n, nil
+	}
+	return n, l.err
 }
 
 // keep notes a connection, or resets it if this is not the time for one.
