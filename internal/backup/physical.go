@@ -354,7 +354,8 @@ func (p *Physical) Verify(ctx context.Context, id repo.ID, progress func(repo.Pr
 }
 
 // WaitWAL waits until every segment that the copy needs is in the archive, and
-// reads each of them back. progress is called when it moves, and while it waits.
+// reads each of them back. progress counts in bytes of log; it is called when it
+// moves, and while it waits.
 func (p *Physical) WaitWAL(ctx context.Context, id repo.ID, progress func(done, total int64)) (archived string, err error) {
 	r, err := p.Open(ctx)
 	if err != nil {
@@ -369,6 +370,7 @@ func (p *Physical) WaitWAL(ctx context.Context, id repo.ID, progress func(done, 
 	if err != nil {
 		return "", err
 	}
+	size := int64(f.SegmentSize)
 	a := repo.Archive{Cluster: p.Name, System: f.System, Major: f.Version.Major()}
 	deadline := time.Now().Add(cmp.Or(p.WALWait, time.Hour))
 	for i, n := range need {
@@ -383,12 +385,12 @@ func (p *Physical) WaitWAL(ctx context.Context, id repo.ID, progress func(done, 
 			if time.Now().After(deadline) {
 				return "", p.notArchived(ctx, n)
 			}
-			progress(int64(i), int64(len(need)))
+			progress(int64(i)*size, int64(len(need))*size)
 			if err := rest(ctx, wait); err != nil {
 				return "", err
 			}
 		}
-		progress(int64(i+1), int64(len(need)))
+		progress(int64(i+1)*size, int64(len(need))*size)
 	}
 	return f.LastWAL, nil
 }
