@@ -49,7 +49,7 @@ func TestMain(m *testing.M) {
 		}
 		// Most of the time they wait, for a worker that was killed to be missed.
 		flag.Parse()
-		if err := flag.Set("test.parallel", "8"); err != nil {
+		if err := flag.Set("test.parallel", "16"); err != nil {
 			panic(err)
 		}
 		return m.Run()
