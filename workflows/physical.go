@@ -84,7 +84,7 @@ func PhysicalBackup(ctx workflow.Context, req PhysicalBackupRequest) (res Physic
 	if n := res.Copy.Damaged; n > 0 {
 		b.row("**Damaged pages**", fmt.Sprint(n))
 		return res, temporal.NewNonRetryableApplicationError(
-			fmt.Sprintf("backup %s is published with %d damaged pages of the cluster in it, and counts for nothing", res.ID, n),
+			fmt.Sprintf("backup %s has %d damaged pages of the cluster in it, and counts for nothing", res.ID, n),
 			string(fail.PageDamage), nil, activities.Advice{Hint: "pgkeep show " + res.ID + " names the files and blocks; keep the last clean backup, and look at the disk"})
 	}
 	return res, nil

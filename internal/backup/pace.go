@@ -81,8 +81,13 @@ func (g *governor) wait(ctx context.Context, n int64) error {
 	return rest(ctx, time.Duration(g.slow.Load()*n>>20))
 }
 
-// lagging notes how far the standby that is most behind is.
-func (g *governor) lagging(bytes int64) { g.paused.Store(g.pace.MaxLag > 0 && bytes > g.pace.MaxLag) }
+// lagging notes how far the standby that is most behind is, and reports whether
+// reading pauses for that.
+func (g *governor) lagging(bytes int64) bool {
+	pauses := g.pace.MaxLag > 0 && bytes > g.pace.MaxLag
+	g.paused.Store(pauses)
+	return pauses
+}
 
 // took notes how long reading took. The rest after each MiB grows while reads
 // are slower than they may be, and shrinks while they are not.

@@ -5,15 +5,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
-	"sync"
-	"sync/atomic"
-
 	"iter"
 	"log/slog"
+	"maps"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/pgkeep/pgkeep/internal/cluster"
@@ -101,8 +100,9 @@ func (p *Physical) fit(ctx context.Context, f cluster.Facts) error {
 	return err
 }
 
-// prior returns the backups whose blocks the next one may keep: the newest sound
-// one of this system.
+// prior returns the backups whose blocks the next one may keep: the newest of
+// this system. One with damaged pages is as good: what is kept is equal to what
+// is read.
 func (p *Physical) prior(ctx context.Context, r *repo.Repo, f cluster.Facts) ([]repo.Ref, error) {
 	all, err := r.Backups(ctx, p.Name)
 	if err != nil {
@@ -127,7 +127,9 @@ type Copied struct {
 // Copy copies the cluster into the repository, from pg_backup_start to
 // pg_backup_stop, on one connection. A copy that is complete is returned as it
 // is, however often this is called; whatever earlier attempts, or the backup
-// before, have stored is compared and kept. progress is called only when it moves.
+// before, have stored is compared and kept. progress is called when it moves, and
+// while it waits for what takes its time: the checkpoint at the beginning, a
+// standby that is behind.
 func (p *Physical) Copy(ctx context.Context, id repo.ID, progress func(repo.Progress)) (Copied, error) {
 	r, err := p.Open(ctx)
 	if err != nil {
@@ -152,13 +154,30 @@ func (p *Physical) Copy(ctx context.Context, id repo.ID, progress func(repo.Prog
 	for _, d := range facts.Databases {
 		total += max(0, d.Bytes)
 	}
-	s, err := p.Cluster.StartBackup(ctx, "pgkeep "+string(id), !p.SpreadCheckpoint)
+	s, err := p.start(ctx, id, progress)
 	if err != nil {
 		return Copied{}, err
 	}
 	defer s.Abort()
 	return p.copy(ctx, r, id, total, s, progress)
 }
+
+// start begins the backup at the server. That takes as long as a checkpoint does.
+func (p *Physical) start(ctx context.Context, id repo.ID, progress func(repo.Progress)) (*cluster.BackupSession, error) {
+	waiting, done := context.WithCancel(ctx)
+	var telling sync.WaitGroup
+	telling.Go(func() {
+		for rest(waiting, lookEvery) == nil {
+			progress(repo.Progress{})
+		}
+	})
+	defer telling.Wait()
+	defer done()
+	return p.Cluster.StartBackup(ctx, "pgkeep "+string(id), !p.SpreadCheckpoint)
+}
+
+// lookEvery is how often a copy looks whether all is as it was.
+const lookEvery = 5 * time.Second
 
 // copy is one attempt. What it reads counts only between its own start and
 // stop: the label of one session with files of another would be no backup.
@@ -192,7 +211,9 @@ func (p *Physical) copy(ctx context.Context, r *repo.Repo, id repo.ID, total int
 	defer cancel(nil)
 	watched, unwatch := context.WithCancel(ctx)
 	var watching sync.WaitGroup
-	watching.Go(func() { p.watch(ctx, watched, s, gov, cancel) })
+	var done atomic.Pointer[repo.Progress]
+	done.Store(new(repo.Progress))
+	watching.Go(func() { p.watch(ctx, watched, s, gov, func() { progress(*done.Load()) }, cancel) })
 	defer watching.Wait()
 	defer unwatch()
 	check := pgdata.PageCheck{Start: begun.LSN, Now: func() (pg.LSN, error) { return s.Position(ctx) }}
@@ -200,7 +221,6 @@ func (p *Physical) copy(ctx context.Context, r *repo.Repo, id repo.ID, total int
 		check = pgdata.PageCheck{}
 	}
 	last := make(map[string]string) // the small files of the end
-	var done atomic.Pointer[repo.Progress]
 	damage, damagedFiles := 0, 0
 	w, err := r.Begin(ctx, repo.Writing{Ref: p.ref(id), Total: total, Readers: p.Readers, Wait: gov.wait,
 		Open: func(f *repo.File) (repo.Source, error) {
@@ -265,11 +285,8 @@ func (p *Physical) copy(ctx context.Context, r *repo.Repo, id repo.ID, total int
 	if err != nil {
 		return Copied{}, because(ctx, err)
 	}
-	c := Copied{PhysicalFacts: deref(content.Physical), Content: content}
-	if pr := done.Load(); pr != nil {
-		c.Kept, c.Sent = pr.Kept, pr.Sent
-	}
-	return c, nil
+	pr := done.Load()
+	return Copied{PhysicalFacts: deref(content.Physical), Content: content, Kept: pr.Kept, Sent: pr.Sent}, nil
 }
 
 // because prefers why the work was given up to how it noticed.
@@ -283,8 +300,9 @@ func because(ctx context.Context, err error) error {
 // watch ends the copy when its session does: what is read after that is worth
 // nothing. And it looks at how far standbys are behind. It returns when while is
 // done, and lets a question be answered first: cut off, it would end the session.
-func (p *Physical) watch(ctx, while context.Context, s *cluster.BackupSession, gov *governor, stop context.CancelCauseFunc) {
-	for rest(while, 5*time.Second) == nil {
+// waits is called while reading pauses.
+func (p *Physical) watch(ctx, while context.Context, s *cluster.BackupSession, gov *governor, waits func(), stop context.CancelCauseFunc) {
+	for rest(while, lookEvery) == nil {
 		if err := s.Check(ctx); err != nil && ctx.Err() == nil {
 			stop(err)
 			return
@@ -296,7 +314,9 @@ func (p *Physical) watch(ctx, while context.Context, s *cluster.BackupSession, g
 		if err != nil && ctx.Err() == nil {
 			p.Log.Warn("how far standbys are behind is not known", "error", err)
 		}
-		gov.lagging(lag)
+		if gov.lagging(lag) {
+			waits()
+		}
 	}
 }
 
@@ -420,6 +440,9 @@ func (p *Physical) Publish(ctx context.Context, id repo.ID, pub Published) (repo
 		Workflow: pub.By.Workflow, Run: pub.By.Run})
 	if err != nil {
 		return repo.Manifest{}, err
+	}
+	if f.Damaged > 0 { // for scripts, the last clean one stays the newest
+		return m, nil
 	}
 	return m, noteLatest(ctx, r, m, p.Log)
 }

@@ -303,3 +303,68 @@ func (r *rig) record(run client.WorkflowRun, scenario string) {
 		r.t.Fatal(err)
 	}
 }
+
+// P20: a cluster with a page that the disk spoiled is backed up, and somebody is
+// told; the backup counts for nothing, and the last clean one stays the newest.
+func TestADamagedPageIsNamedAndTheCleanBackupKept(t *testing.T) {
+	r := setup(t, 500)
+	r.archive()
+	r.worker()
+	var clean workflows.PhysicalBackupResult
+	r.decode(r.must("backup", "--json"), &clean)
+	conn, err := r.pg.Connect(t.Context(), "app")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(t.Context())
+	var relation string
+	_, err = conn.Exec(t.Context(), "CHECKPOINT")
+	if err == nil {
+		err = conn.QueryRow(t.Context(), "SELECT pg_relation_filepath('small')").Scan(&relation)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	file, err := os.OpenFile(filepath.Join(r.pg.DataDir, relation), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	const at = 3*8192 + 5000
+	b := make([]byte, 1)
+	if _, err := file.ReadAt(b, at); err != nil {
+		t.Fatal(err)
+	}
+	b[0] ^= 1
+	if _, err := file.WriteAt(b, at); err != nil {
+		t.Fatal(err)
+	}
+
+	for _, how := range [][]string{{"backup"}, {"backup", "--direct"}} {
+		if res := r.run(how...); res.status != 24 || !strings.Contains(res.err, "1 damaged page") {
+			t.Fatalf("pgkeep %v: status %d\n%s%s", how, res.status, res.out, res.err)
+		}
+	}
+	ids := r.listed()
+	if len(ids) != 3 || ids[0] != clean.ID {
+		t.Fatalf("listed %v", ids)
+	}
+	if said := r.must("list"); strings.Count(said, "DAMAGED PAGES") != 2 {
+		t.Errorf("list says\n%s", said)
+	}
+	if said := r.must("show", ids[2]); !strings.Contains(said, "data/"+relation+", blocks [3]") {
+		t.Errorf("show says\n%s", said)
+	}
+	pointer, err := os.ReadFile(filepath.Join(r.s3.Data, "test/clusters/main/latest-physical.json"))
+	if err != nil || !strings.Contains(string(pointer), clean.ID) {
+		t.Errorf("for scripts, the newest is not %s: %v\n%s", clean.ID, err, pointer)
+	}
+	dir := lab.DirForTest(t)
+	if said := r.must("restore", "--dry-run", "--target-dir", dir+"/data"); !strings.Contains(said, "restore backup "+clean.ID) {
+		t.Errorf("restore would take\n%s", said)
+	}
+	r.must("delete", "--yes", ids[1])
+	if pointer, err := os.ReadFile(filepath.Join(r.s3.Data, "test/clusters/main/latest-physical.json")); err != nil || !strings.Contains(string(pointer), clean.ID) {
+		t.Errorf("after a deletion, the newest is not %s: %v\n%s", clean.ID, err, pointer)
+	}
+}

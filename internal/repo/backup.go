@@ -495,7 +495,7 @@ func (r *Repo) renewLatest(ctx context.Context, cluster string) error {
 	}
 	newest := make(map[Kind]Manifest)
 	for _, b := range all {
-		if b.Err == nil && !b.Unfinished {
+		if b.Err == nil && !b.Unfinished && (b.Physical == nil || b.Physical.Damaged == 0) {
 			newest[b.Kind] = b.Manifest
 		}
 	}
