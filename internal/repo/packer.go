@@ -99,6 +99,7 @@ func (p *packer) chunk(ctx context.Context, c chunk) error {
 			return err
 		}
 		p.w.read.Add(size)
+		p.w.progress()
 	}
 	if err := p.frame(ctx, &st); err != nil {
 		return err

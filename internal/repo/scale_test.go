@@ -5,12 +5,14 @@ import (
 	"flag"
 	"fmt"
 	"iter"
+	"math/rand/v2"
 	"runtime"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/store"
 	"github.com/pgkeep/pgkeep/internal/store/dir"
 )
 
@@ -118,3 +120,55 @@ func scaled(r *repo.Repo, n int, files iter.Seq2[repo.File, error], open func(*r
 	}
 	return w.Finish(ctx, nil, nil)
 }
+
+// Packs that were sent are forgotten, but for their names.
+func TestSentPacksAreForgotten(t *testing.T) {
+	b := setup(t, new(store.Mem), true)
+	const size = 64 << 20
+	noise := make([]byte, 1<<20)
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for i := range noise {
+		noise[i] = byte(rnd.Uint32())
+	}
+	var live, stored uint64
+	if err := intend(b.r, 0); err != nil {
+		t.Fatal(err)
+	}
+	w, err := b.r.Begin(ctx, repo.Writing{Ref: repo.Ref{Cluster: "main", ID: backupID(0)}, PackSize: 64 << 10, Readers: 1, Senders: 1,
+		Open: func(*repo.File) (repo.Source, error) {
+			return reading(func(p []byte, off int64) {
+				copy(p, noise)
+				p[0] = byte(off >> 20)
+				if off == size-1<<20 {
+					var m runtime.MemStats
+					runtime.GC()
+					runtime.ReadMemStats(&m)
+					live = m.HeapAlloc
+				}
+			}), nil
+		},
+		Progress: func(p repo.Progress) { stored = max(stored, uint64(p.Sent)) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	err = w.Add(ctx, func(yield func(repo.File, error) bool) {
+		yield(repo.File{Path: "data/noise", Mode: 0o600, Size: size}, nil)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d MB were sent; %d MB are held", stored>>20, live>>20)
+	if held := int64(live) - int64(stored); live == 0 || held > 40<<20 { // what is in the store is in memory here
+		t.Errorf("%d MB are held beside what is stored", held>>20)
+	}
+}
+
+// reading is a source that fills what it is given.
+type reading func(p []byte, off int64)
+
+func (r reading) ReadAt(p []byte, off int64) (int, error) {
+	r(p, off)
+	return len(p), nil
+}
+func (reading) Close() error { return nil }

@@ -408,6 +408,7 @@ func (w *Writer) sendPack(ctx context.Context, b *builder) error {
 	}
 	b.buf.Reset()
 	w.free <- b.buf
+	b.buf, b.data, b.byPath, b.foot = nil, nil, nil, footer{} // layers point at b.pack, and would hold all of it
 	w.sent.Add(b.pack.Size)
 	w.progress()
 	return nil
