@@ -190,8 +190,9 @@ type LSNs struct {
 type Verified string
 
 const (
-	// VerifiedContent: every pack was read back, decrypted, decompressed, and
-	// every block compared.
+	// VerifiedContent: every pack that this backup wrote was read back, decrypted,
+	// decompressed, and every block compared. Of packs that it shares, which were
+	// when they were written, the directories were read, and a sample.
 	VerifiedContent Verified = "content"
 	// VerifiedStored: the stored bytes were read back and compared; this host
 	// holds no key to look inside.
@@ -269,6 +270,9 @@ func (r *Repo) WriteIntent(ctx context.Context, in Intent, now func() time.Time)
 // that is there.
 func (r *Repo) Publish(ctx context.Context, m Manifest) (Manifest, error) {
 	d, err := r.draft(ctx, m.Ref)
+	if errors.Is(err, fail.NoBackup) { // deleted; another try may have left a manifest, and not have come to look
+		return Manifest{}, r.outlives(ctx, m.Ref)
+	}
 	if err != nil {
 		return Manifest{}, err
 	}
@@ -287,27 +291,34 @@ func (r *Repo) Publish(ctx context.Context, m Manifest) (Manifest, error) {
 	}
 	key := m.dir() + "manifest.json"
 	err = putSigned(ctx, r.st, r.access, key, m)
-	if errors.Is(err, store.ErrExist) {
-		return r.Backup(ctx, m.Ref)
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, store.ErrExist) {
 		return Manifest{}, err
 	}
-	// A deletion that came between the look above and the write has left, or
-	// will leave, nothing that the manifest speaks of.
-	// Of all that it removes the intent is the last but the tombstone, and what
-	// pinned packs of others.
-	_, err = r.Backup(ctx, m.Ref)
-	if err == nil {
-		_, err = r.Draft(ctx, m.Ref)
+	if err := r.outlives(ctx, m.Ref); err != nil {
+		return Manifest{}, err
 	}
-	if err == nil {
-		err = r.getSigned(ctx, m.dir()+"intent.json", "intent", new(Intent))
+	return r.Backup(ctx, m.Ref)
+}
+
+// outlives looks, after a manifest was written, whether all that it speaks of is
+// there still. A deletion that came between the look before and the write has
+// left, or will leave, nothing of it: then the manifest goes, too. Of all that a
+// deletion removes the intent is the last but the tombstone, and what pinned
+// packs of others.
+func (r *Repo) outlives(ctx context.Context, b Ref) error {
+	_, err := r.tombstone(ctx, b)
+	switch {
+	case err == nil:
+		err = fail.NoBackup
+	case errors.Is(err, store.ErrNotExist):
+		if _, err = r.draft(ctx, b); err == nil {
+			err = r.getSigned(ctx, b.dir()+"intent.json", "intent", new(Intent))
+		}
 	}
 	if errors.Is(err, store.ErrNotExist) || errors.Is(err, fail.NoBackup) {
-		return Manifest{}, errors.Join(fmt.Errorf("backup %s was deleted while it was published: %w", m.ID, fail.NoBackup), r.st.Delete(ctx, key))
+		return errors.Join(fmt.Errorf("backup %s was deleted while it was published: %w", b.ID, fail.NoBackup), r.st.Delete(ctx, b.dir()+"manifest.json"))
 	}
-	return m, err
+	return err
 }
 
 // Draft returns what the finished upload of a backup stored; store.ErrNotExist

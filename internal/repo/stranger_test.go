@@ -176,10 +176,23 @@ func TestReadingDirectoriesIsProgress(t *testing.T) {
 // A deletion that falls between Publish's last look and its write wins: nothing
 // is listed that lacks its packs.
 func TestC2DeletionWhilePublishing(t *testing.T) {
+	for _, cut := range []bool{false, true} {
+		deletionWhilePublishing(t, cut)
+	}
+}
+
+// deletionWhilePublishing lets the first try die behind its write, if it is to be
+// cut: the next one cleans up.
+func deletionWhilePublishing(t *testing.T, cut bool) {
 	b := setup(t, new(store.Mem), false)
 	root, _ := tree(t)
-	deleted := false
+	deleted, written := false, false
 	racing := &fault.Store{Store: b.st, Before: func(op, key string) error {
+		if cut && written {
+			written, cut = false, false
+			return fault.ErrInjected
+		}
+		written = written || op == "put" && strings.HasSuffix(key, "/manifest.json")
 		if op == "put" && strings.HasSuffix(key, "/manifest.json") && !deleted {
 			deleted = true
 			if _, err := b.r.Delete(ctx, ref, now); err != nil {
@@ -192,7 +205,11 @@ func TestC2DeletionWhilePublishing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := tryBackUp(r, writing(root)); !errors.Is(err, fail.NoBackup) || !deleted {
+	_, err = tryBackUp(r, writing(root))
+	if errors.Is(err, fault.ErrInjected) {
+		_, err = r.Publish(ctx, repo.Manifest{Ref: ref, Kind: repo.Logical, Host: "db1", StartedAt: now, FinishedAt: now})
+	}
+	if !errors.Is(err, fail.NoBackup) || !deleted || cut {
 		t.Errorf("err = %v, want no-backup", err)
 	}
 	for key := range objects(t, b.st) {
