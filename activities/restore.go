@@ -36,9 +36,13 @@ type PlanRestoreResult struct {
 	Plan restore.PhysicalPlan `json:"plan"`
 }
 
+// planning is how long the plan of a restore may take. It reads lists and log, as
+// much as there is of them, and does not tell how far it is.
+const planning = 30 * time.Minute
+
 // PlanRestore refuses a restore that cannot be done, before anything is written.
 func (r *Restorer) PlanRestore(ctx context.Context, req RestoreRequest) (res PlanRestoreResult, err error) {
-	err = watched(ctx, "plan", 0, usual, func(ctx context.Context, moved moved) error {
+	err = watched(ctx, "plan", 0, planning, func(ctx context.Context, moved moved) error {
 		p, err := r.Prepare(ctx, req)
 		if err == nil {
 			res.Plan, err = p.Plan(ctx)
@@ -55,7 +59,7 @@ func (r *Restorer) RestoreFiles(ctx context.Context, req RestoreRequest) error {
 	if grace == 0 {
 		grace = 15 * time.Second
 	}
-	return watched(ctx, "restore", grace, usual, func(ctx context.Context, moved moved) error {
+	return watched(ctx, "restore", grace, planning, func(ctx context.Context, moved moved) error {
 		p, err := r.Prepare(ctx, req)
 		if err != nil {
 			return err

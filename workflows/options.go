@@ -55,6 +55,14 @@ func long(host, summary string) workflow.ActivityOptions {
 	}
 }
 
+// copying is dump for all of a cluster, which begins anew when it is cut, and may
+// be told to read slowly: nobody knows how long it takes.
+func copying(host, summary string) workflow.ActivityOptions {
+	opt := dump(host, summary)
+	opt.StartToCloseTimeout, opt.ScheduleToCloseTimeout = 14*24*time.Hour, 28*24*time.Hour
+	return opt
+}
+
 // dump is long, and not repeated lightly: Temporal itself may be away for some
 // minutes, and the silence of a healthy worker meanwhile is not its death.
 func dump(host, summary string) workflow.ActivityOptions {

@@ -51,7 +51,7 @@ func PhysicalBackup(ctx workflow.Context, req PhysicalBackupRequest) (res Physic
 	b.row("Databases", fmt.Sprintf("%d, %s on disk", seen.Seen.Databases, size(seen.Seen.Bytes)))
 
 	b.stage(ctx, "copy")
-	if err := do(ctx, dump(req.Host, "copy "+size(seen.Seen.Bytes)+" of data directory"), host.CopyCluster, job).Get(ctx, &res.Copy); err != nil {
+	if err := do(ctx, copying(req.Host, "copy "+size(seen.Seen.Bytes)+" of data directory"), host.CopyCluster, job).Get(ctx, &res.Copy); err != nil {
 		return res, err
 	}
 	b.row("Copied", fmt.Sprintf("%s in %d files, from %v to %v", size(res.Copy.Bytes), res.Copy.Files, res.Copy.Start, res.Copy.Stop))

@@ -57,7 +57,7 @@ type backupOptions struct {
 }
 
 // runTimeout ends a run that would otherwise stand in the way of the next for ever.
-const runTimeout = 72 * time.Hour
+const runTimeout = 28 * 24 * time.Hour
 
 func (e *env) backup(ctx context.Context, opt backupOptions) error {
 	if opt.Wait && opt.Detach || opt.Direct && opt.Detach {

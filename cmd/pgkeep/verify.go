@@ -141,8 +141,11 @@ func (e *env) verifyOne(ctx context.Context, r *repo.Repo, b repo.Listed, full b
 	if err == nil {
 		err = e.readBack(ctx, r, m, full, &v)
 	}
+	if err == nil && m.Physical != nil && m.Physical.Damaged > 0 {
+		err = fmt.Errorf("%s of the cluster were damaged when it was taken: %w", count(m.Physical.Damaged, "page"), fail.PageDamage)
+	}
 	switch fail.KindOf(err) {
-	case fail.Corrupt, fail.Untrusted, fail.Unsupported, fail.NoKey:
+	case fail.Corrupt, fail.Untrusted, fail.Unsupported, fail.NoKey, fail.PageDamage:
 		v.err, v.Error = err, err.Error()
 		return v, nil
 	}

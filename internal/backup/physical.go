@@ -267,6 +267,9 @@ func (p *Physical) copy(ctx context.Context, r *repo.Repo, id repo.ID, total int
 	if err != nil {
 		return Copied{}, because(ctx, err)
 	}
+	if end.Timeline != begun.Timeline { // the log between lies on two timelines: wait for the standby's next checkpoint
+		return Copied{}, fmt.Errorf("the standby went from timeline %v to %v during the backup: %w", begun.Timeline, end.Timeline, fail.Promoted)
+	}
 	details.Label, details.TablespaceMap = end.Label, end.TablespaceMap
 	last["data/backup_label"], last["data/global/pg_control"] = end.Label, string(pgControl)
 	if strings.TrimSpace(end.TablespaceMap) != "" {

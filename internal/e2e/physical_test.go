@@ -355,6 +355,9 @@ func TestADamagedPageIsNamedAndTheCleanBackupKept(t *testing.T) {
 	if said := r.must("show", ids[2]); !strings.Contains(said, "data/"+relation+", blocks [3]") {
 		t.Errorf("show says\n%s", said)
 	}
+	if res := r.run("verify", ids[2]); res.status != 24 {
+		t.Errorf("verify: status %d\n%s%s", res.status, res.out, res.err)
+	}
 	pointer, err := os.ReadFile(filepath.Join(r.s3.Data, "test/clusters/main/latest-physical.json"))
 	if err != nil || !strings.Contains(string(pointer), clean.ID) {
 		t.Errorf("for scripts, the newest is not %s: %v\n%s", clean.ID, err, pointer)
