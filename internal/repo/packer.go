@@ -86,16 +86,12 @@ func (p *packer) chunk(ctx context.Context, c chunk) error {
 		return err
 	}
 	p.rebase(st.file, uses)
-	hole, _ := f.source.(interface{ Hole(off, n int64) bool })
 	step := max(1, readSize/st.file.Block)
 	for n, end := c.first, c.first+c.count; n < end; n += step {
 		step = min(step, end-n)
 		off := n * st.file.Block
 		size := min(step*st.file.Block, st.file.Size-off)
-		if hole != nil && hole.Hole(off, size) {
-			st.zero = append(st.zero, run{n, step})
-			st.zeros += size
-		} else if err := p.blocks(ctx, f, &st, n, c.first, size); err != nil {
+		if err := p.blocks(ctx, f, &st, n, c.first, size); err != nil {
 			return err
 		}
 		p.w.read.Add(size)

@@ -65,10 +65,8 @@ var defaultLimits = limits{chunk: 4096, stride: 16 << 10, layers: 32, feet: feet
 
 // A Source is a file that is being read, by several goroutines.
 //
-// It may have two methods more. Hole(off, n int64) bool says that these bytes
-// are zeros without reading them; what a file system says of data that was
-// written a moment ago is not to be trusted with that. Damaged() []int64 is
-// asked after the last read for the blocks whose page checksum is wrong.
+// It may have a method more: Damaged() []int64 is asked after the last read for
+// the blocks whose page checksum is wrong.
 type Source interface {
 	io.ReaderAt
 	io.Closer
