@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"iter"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -265,27 +266,118 @@ func absent(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName, s S
 	if err := known(ctx, r, a); err != nil {
 		return err
 	}
-	var first, last pg.WALName // of those that show that the segment was complete
-	for f, err := range r.ListWAL(ctx, a, n.Timeline, n) {
+	if n.Kind == pg.History && n.Timeline <= s.Timeline {
+		return ErrAbsent // the first has none; that of this server may have begun before it had an archive
+	}
+	if err := overtaken(ctx, r, a, n); err != nil {
+		return err
+	}
+	for h, err := range histories(ctx, r, a, n.Timeline) {
 		if err != nil {
 			return err
 		}
+		for _, f := range h.forks {
+			if f.Timeline != n.Timeline {
+				continue
+			}
+			if n.Kind == pg.History {
+				return hole(h.name, h.name)
+			}
+			at, err := pg.SegmentName(f.Timeline, f.At, s.SegmentSize)
+			if err != nil {
+				return err
+			}
+			if n.Segment() < at { // the segment of the fork itself goes on in the new timeline
+				return hole(h.name, h.name)
+			}
+		}
+	}
+	return ErrAbsent
+}
+
+// maxProof is how many files, at most, are listed to say how far the log goes on
+// behind a hole: as many as come with one request.
+const maxProof = 1000
+
+// overtaken fails if the archive has something of n's timeline that shows that n
+// was complete. The first such file is proof: what goes wrong afterwards, while
+// others are listed for the message, changes nothing.
+func overtaken(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName) error {
+	var first, last pg.WALName
+	count := 0
+	for f, err := range r.ListWAL(ctx, a, n.Timeline, n) {
+		if err != nil && count == 0 {
+			return err
+		}
+		if err != nil || count == maxProof {
+			break
+		}
 		if f.Kind != pg.History && (n.Kind == pg.History || f.Segment() > n.Segment()) {
 			first, last = cmp.Or(first, f), f
+			count++
 		}
 	}
-	if n.Kind == pg.History {
-		// A timeline's files without its history. The first has none; that of
-		// this server may have begun before it had an archive.
-		if last != (pg.WALName{}) && n.Timeline > s.Timeline {
-			return hole(first, last)
+	if count == 0 {
+		return nil
+	}
+	return hole(first, last)
+}
+
+// A history says where a timeline comes from.
+type history struct {
+	name  pg.WALName
+	forks []pg.Fork
+}
+
+// histories yields those that the archive has of timelines after t, in their
+// order. It goes from timeline to timeline by listing: a history that is missing
+// hides none behind it. After an error it yields nothing more.
+func histories(ctx context.Context, r *repo.Repo, a repo.Archive, t pg.Timeline) iter.Seq2[history, error] {
+	return func(yield func(history, error) bool) {
+		for {
+			n, err := beyond(ctx, r, a, t)
+			if err != nil {
+				yield(history{}, err)
+				return
+			}
+			if n == (pg.WALName{}) {
+				return
+			}
+			t = n.Timeline
+			if n.Kind != pg.History { // it would come first
+				continue
+			}
+			var text bytes.Buffer
+			if err := r.ReadWAL(ctx, a, n, &text); err != nil {
+				if errors.Is(err, store.ErrNotExist) { // it was listed just now
+					err = fmt.Errorf("%v is listed, and cannot be read: %v: %w", n, err, fail.Corrupt)
+				}
+				yield(history{}, err)
+				return
+			}
+			forks, err := pg.ParseHistory(t, text.String())
+			if err != nil {
+				yield(history{}, fmt.Errorf("%w: %w", err, fail.Corrupt))
+				return
+			}
+			if !yield(history{n, forks}, nil) {
+				return
+			}
 		}
-		return ErrAbsent
 	}
-	if last != (pg.WALName{}) {
-		return hole(first, last)
+}
+
+// beyond is the first file of the next timeline after t of which there is any;
+// zero if there is none.
+func beyond(ctx context.Context, r *repo.Repo, a repo.Archive, t pg.Timeline) (pg.WALName, error) {
+	last, err := pg.ParseWALName(t.String() + "FFFFFFFFFFFFFFFF.partial") // no file of t sorts behind it
+	if err != nil {
+		return pg.WALName{}, err
 	}
-	return forked(ctx, r, a, n, s)
+	for n, err := range r.ListWAL(ctx, a, 0, last) {
+		return n, err
+	}
+	return pg.WALName{}, nil
 }
 
 // hole is the error that a file is missing which the archive must have had: it
@@ -314,38 +406,4 @@ func known(ctx context.Context, r *repo.Repo, a repo.Archive) error {
 	}
 	return fail.Hint(fmt.Errorf("cluster %q has no WAL of system %v, PostgreSQL %d: %w", a.Cluster, a.System, a.Major, fail.WrongSystem),
 		"is this the right cluster, and the right repository? Without any archive, leave restore_command out")
-}
-
-// forked looks for a timeline that left n's behind n: the archive must hold
-// what both share. PostgreSQL numbers timelines without a gap, as far as it sees
-// the archive (findNewestTimeLine in access/transam/timeline.c).
-func forked(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName, s Server) error {
-	for t := n.Timeline + 1; t != 0; t++ {
-		h := pg.HistoryName(t)
-		var text bytes.Buffer
-		err := r.ReadWAL(ctx, a, h, &text)
-		if errors.Is(err, store.ErrNotExist) {
-			break
-		}
-		if err != nil {
-			return err
-		}
-		forks, err := pg.ParseHistory(t, text.String())
-		if err != nil {
-			return fmt.Errorf("%w: %w", err, fail.Corrupt)
-		}
-		for _, f := range forks {
-			if f.Timeline != n.Timeline {
-				continue
-			}
-			at, err := pg.SegmentName(f.Timeline, f.At, s.SegmentSize)
-			if err != nil {
-				return err
-			}
-			if n.Segment() < at { // the segment of the fork itself goes on in the new timeline
-				return hole(h, h)
-			}
-		}
-	}
-	return ErrAbsent
 }

@@ -6,8 +6,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"iter"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -137,6 +139,7 @@ func TestPushRefusesWhatCannotBe(t *testing.T) {
 
 func TestC4AbsenceIsProvedOrAnError(t *testing.T) {
 	const seg = "0000000100000000000000"
+	const third, fifth = "00000003.history", "00000005.history" // of the first, the second and all between
 	newer := server
 	newer.Timeline = 2
 	for what, tt := range map[string]struct {
@@ -145,23 +148,37 @@ func TestC4AbsenceIsProvedOrAnError(t *testing.T) {
 		server   wal.Server
 		want     error
 	}{
-		"the end of the log":                  {[]string{seg + "41"}, seg + "42", server, wal.ErrAbsent},
-		"only its partial":                    {[]string{seg + "41", seg + "42.partial"}, seg + "42", server, wal.ErrAbsent},
-		"a hole":                              {[]string{seg + "41", seg + "43"}, seg + "42", server, fail.Corrupt},
-		"a hole before a partial":             {[]string{seg + "43.partial"}, seg + "42", server, fail.Corrupt},
-		"a hole before a base backup":         {[]string{seg + "43.00000028.backup"}, seg + "42", server, fail.Corrupt},
-		"a hole before a fork":                {[]string{"00000002.history"}, seg + "49", server, fail.Corrupt},
-		"the segment of a fork":               {[]string{"00000002.history"}, seg + "4A", server, wal.ErrAbsent},
-		"a hole before a later fork":          {[]string{"00000002.history", "00000003.history"}, "000000020000000000000049", server, fail.Corrupt},
-		"a segment after a fork":              {[]string{"00000002.history", "00000002000000000000004C"}, seg + "4B", server, wal.ErrAbsent},
-		"nothing of this system":              {nil, seg + "42", server, fail.WrongSystem},
-		"no newer timeline":                   {[]string{seg + "41"}, "00000002.history", server, wal.ErrAbsent},
-		"a timeline without its history":      {[]string{"00000002000000000000004B"}, "00000002.history", server, fail.Corrupt},
-		"the server's own, older than it all": {[]string{"00000002000000000000004B"}, "00000002.history", newer, wal.ErrAbsent},
+		"a history that a later one names":           {[]string{seg + "41", third}, "00000002.history", server, fail.Corrupt},
+		"one that names it behind another gap":       {[]string{seg + "41", "00000002.history", fifth}, "00000004.history", server, fail.Corrupt},
+		"a history behind all":                       {[]string{seg + "41", third}, "00000004.history", server, wal.ErrAbsent},
+		"a history that nobody needs any more":       {[]string{seg + "41", third}, "00000002.history", newer, wal.ErrAbsent},
+		"the tail before a fork, and a history gone": {[]string{seg + "41", third}, seg + "49", server, fail.Corrupt},
+		"the end of the log, and a history gone":     {[]string{seg + "41", third}, seg + "4A", server, wal.ErrAbsent},
+		"the tail of a timeline without a history":   {[]string{seg + "41", third}, "00000002000000000000004B", server, fail.Corrupt},
+		"the end of the log":                         {[]string{seg + "41"}, seg + "42", server, wal.ErrAbsent},
+		"only its partial":                           {[]string{seg + "41", seg + "42.partial"}, seg + "42", server, wal.ErrAbsent},
+		"a hole":                                     {[]string{seg + "41", seg + "43"}, seg + "42", server, fail.Corrupt},
+		"a hole before a partial":                    {[]string{seg + "43.partial"}, seg + "42", server, fail.Corrupt},
+		"a hole before a base backup":                {[]string{seg + "43.00000028.backup"}, seg + "42", server, fail.Corrupt},
+		"a hole before a fork":                       {[]string{"00000002.history"}, seg + "49", server, fail.Corrupt},
+		"the segment of a fork":                      {[]string{"00000002.history"}, seg + "4A", server, wal.ErrAbsent},
+		"a hole before a later fork":                 {[]string{"00000002.history", "00000003.history"}, "000000020000000000000049", server, fail.Corrupt},
+		"a segment after a fork":                     {[]string{"00000002.history", "00000002000000000000004C"}, seg + "4B", server, wal.ErrAbsent},
+		"nothing of this system":                     {nil, seg + "42", server, fail.WrongSystem},
+		"no newer timeline":                          {[]string{seg + "41"}, "00000002.history", server, wal.ErrAbsent},
+		"a timeline without its history":             {[]string{"00000002000000000000004B"}, "00000002.history", server, fail.Corrupt},
+		"the server's own, older than it all":        {[]string{"00000002000000000000004B"}, "00000002.history", newer, wal.ErrAbsent},
 	} {
 		r := archiveIn(t, new(store.Mem))
 		for _, name := range tt.archived {
-			if err := push(t, r, name, content(t, name)); err != nil {
+			b := content(t, name)
+			switch name {
+			case third:
+				b = []byte("1\t0/4A0B0C0\tx\n2\t0/4C0B0C0\tx\n")
+			case fifth:
+				b = []byte("1\t0/4A0B0C0\tx\n4\t0/4C0B0C0\tx\n")
+			}
+			if err := push(t, r, name, b); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -198,6 +215,60 @@ func TestC4NoFailureIsAbsence(t *testing.T) {
 		}
 		if !errors.Is(err, fault.ErrInjected) || errors.Is(err, wal.ErrAbsent) {
 			t.Errorf("call %d fails: %v", n, err)
+		}
+	}
+}
+
+// torn is a store whose lists of the first timeline break off.
+type torn struct {
+	store.Store
+	after, listed int
+}
+
+func (s *torn) List(ctx context.Context, prefix, after string) iter.Seq2[store.Object, error] {
+	return func(yield func(store.Object, error) bool) {
+		for o, err := range s.Store.List(ctx, prefix, after) {
+			if strings.HasSuffix(prefix, "/00000001/") {
+				if s.listed == s.after {
+					yield(store.Object{}, context.DeadlineExceeded)
+					return
+				}
+				s.listed++
+			}
+			if !yield(o, err) {
+				return
+			}
+		}
+	}
+}
+
+// A hole that is proved stays one, whatever becomes of the list behind it; and
+// that is not listed to its end.
+func TestC4AHoleIsNoOutage(t *testing.T) {
+	mem := new(store.Mem)
+	r := archiveIn(t, mem)
+	const name = "000000010000000000000043"
+	if err := push(t, r, name, content(t, name)); err != nil {
+		t.Fatal(err)
+	}
+	for n := range 3000 {
+		key := fmt.Sprintf("clusters/main/wal/%v-15/00000001/00000001%08X%08X.zst", server.System, 1, n)
+		if err := mem.Put(ctx, key, strings.NewReader("x"), store.PutOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, after := range []int{0, 1, 500, 5000} {
+		st := &torn{Store: mem, after: after}
+		r, err := repo.Open(ctx, st, access(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = wal.Fetch(ctx, r, "main", server, "000000010000000000000042", filepath.Join(t.TempDir(), "x"))
+		if hole := errors.Is(err, fail.Corrupt); hole != (after > 0) || errors.Is(err, context.DeadlineExceeded) == hole || errors.Is(err, wal.ErrAbsent) {
+			t.Errorf("the list breaks off after %d: %v", after, err)
+		}
+		if st.listed > 1100 {
+			t.Errorf("%d objects were listed", st.listed)
 		}
 	}
 }
