@@ -13,19 +13,54 @@ import (
 	"github.com/pgkeep/pgkeep/internal/pg"
 )
 
+// readSource finds out where the data directory was that the backup is of.
+func (p Physical) readSource(plan *PhysicalPlan) error {
+	var details backup.PhysicalDetails
+	err := p.Repo.OpenDetails(plan.resolved.Backup, &details)
+	plan.source = details.DataDirectory
+	return err
+}
+
+// overSource reports whether the target is the source's own data directory.
+func (p Physical) overSource(plan *PhysicalPlan) bool {
+	return plan.source != "" && realPath(plan.source) == realPath(p.Dir)
+}
+
+// apartFromSource refuses a place that the source uses, when the target is not
+// the source's own directory: then it may run, and nothing in the target tells.
+// A copy of its directory has links to its tablespaces, too.
+func (p Physical) apartFromSource(plan *PhysicalPlan) error {
+	if plan.source == "" || p.overSource(plan) {
+		return nil
+	}
+	spaces := filepath.Join(plan.source, "pg_tblspc")
+	links, err := os.ReadDir(spaces)
+	if err != nil && !elsewhere(err) {
+		return fmt.Errorf("restore: tablespaces of the source: %w", err)
+	}
+	used := []string{plan.source}
+	for _, link := range links {
+		used = append(used, filepath.Join(spaces, link.Name()))
+	}
+	for _, t := range plan.Tablespaces {
+		for _, u := range used {
+			if within(t.To, u) || within(u, t.To) {
+				return fail.Hint(fmt.Errorf("restore: tablespace %s would be at %s, which %s, the source, uses: %w", t.OID, t.To, plan.source, fail.NotEmpty),
+					"put it elsewhere: --tablespace-map "+t.OID+"=/some/directory; if the source is no longer needed, restore over it, or remove its data directory first")
+			}
+		}
+	}
+	return nil
+}
+
 // spareSource refuses a restore beside its source if recovery would come to the
 // making of a tablespace that the source has. PostgreSQL makes it at the path
 // that the log names, whatever was mapped, and writes over what is there ("CREATE
 // TABLESPACE" among the caveats in its chapter on continuous archiving). Whoever
 // may not read the source may not overwrite it either, and need not be stopped.
 func (p Physical) spareSource(plan *PhysicalPlan) error {
-	m := plan.resolved.Backup
-	var details backup.PhysicalDetails
-	if err := p.Repo.OpenDetails(m, &details); err != nil {
-		return err
-	}
-	source := details.DataDirectory
-	if source == "" || realPath(source) == realPath(p.Dir) {
+	m, source := plan.resolved.Backup, plan.source
+	if source == "" || p.overSource(plan) {
 		return nil
 	}
 	b, err := os.ReadFile(filepath.Join(source, controlFile))

@@ -4,11 +4,13 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
@@ -86,4 +88,62 @@ func (s *site) position() pg.LSN {
 		s.t.Fatal(err)
 	}
 	return lsn
+}
+
+// Class C10: a copy of the source's data directory has links to the tablespaces
+// of the source, which runs.
+func TestC10DeltaOverACopySparesTheSourcesTablespaces(t *testing.T) {
+	s := newSite(t)
+	s.take()
+	s.archived()
+	p := s.physical("copy", latestMoment)
+	if out, err := exec.Command("cp", "-a", s.pg.DataDir, p.Dir).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if err := os.Remove(filepath.Join(p.Dir, "postmaster.pid")); err != nil {
+		t.Fatal(err)
+	}
+	p.Delta = true
+	space := filepath.Join(s.dir, "space")
+	before := tree(t, space)
+	for what, to := range map[string]map[string]string{
+		"where it was":        nil,
+		"there on request":    {s.space: space},
+		"in it":               {s.space: filepath.Join(space, "new")},
+		"in the source":       {s.space: filepath.Join(s.pg.DataDir, "pg_tblspc", "new")},
+		"the same, by a link": {s.space: filepath.Join(p.Dir, "pg_tblspc", s.space)},
+	} {
+		p.Tablespaces = to
+		if _, err := p.Plan(t.Context()); !errors.Is(err, fail.NotEmpty) || !strings.Contains(fail.HintOf(err), "--tablespace-map") {
+			t.Errorf("%s: %v; %s", what, err, fail.HintOf(err))
+		}
+	}
+	if diff := cmp.Diff(before, tree(t, space)); diff != "" {
+		t.Error(diff)
+	}
+	// Nor is the link believed when the source is out of sight, unless somebody says so.
+	source, aside := s.pg.DataDir, s.pg.DataDir+"-aside"
+	move := func(from, to string) {
+		t.Helper()
+		if err := os.Rename(from, to); err != nil {
+			t.Fatal(err)
+		}
+	}
+	move(source, aside)
+	p.Tablespaces = nil
+	if _, err := p.Plan(t.Context()); !errors.Is(err, fail.NotEmpty) || !strings.Contains(fail.HintOf(err), "--tablespace-map") {
+		t.Errorf("without a map: %v; %s", err, fail.HintOf(err))
+	}
+	p.Tablespaces = map[string]string{s.space: space}
+	if _, err := p.Plan(t.Context()); err != nil {
+		t.Errorf("with a map: %v", err)
+	}
+	// At the place of the source, the link is its own.
+	move(p.Dir, source)
+	p.Tablespaces, p.Dir = nil, source
+	if _, err := p.Plan(t.Context()); err != nil {
+		t.Errorf("over the source: %v", err)
+	}
+	move(source, source+"-copy")
+	move(aside, source)
 }

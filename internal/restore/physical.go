@@ -28,7 +28,8 @@ type Physical struct {
 
 	Dir string // the data directory to be
 	// Tablespaces says where to put them: by OID, or by path at the source,
-	// the path here. Others go where they were.
+	// the path here. Others go where they were, but under Delta only if Dir is
+	// where the source's data directory was.
 	Tablespaces map[string]string
 	ConfigDir   string // receives configuration that stood outside of the data directory; "": it is left out
 	// Delta lets Dir hold a data directory of the same cluster, which is no
@@ -80,6 +81,7 @@ type PhysicalPlan struct {
 	Passed      []Passed          `json:"passed,omitempty"`
 
 	resolved Resolved
+	source   string // the data directory that the backup is of; "": not known
 	owner    owner
 	group    fs.FileMode // what the group may do with directories, as at the source
 }
@@ -112,6 +114,9 @@ func (p Physical) Plan(ctx context.Context) (PhysicalPlan, error) {
 		return plan, err
 	}
 	plan.describe(p)
+	if err := p.readSource(&plan); err != nil {
+		return plan, err
+	}
 	if err := p.planFiles(ctx, &plan); err != nil {
 		return plan, err
 	}
@@ -252,6 +257,13 @@ func (p Physical) planFiles(ctx context.Context, plan *PhysicalPlan) error {
 		}
 	}
 	return p.mapTablespaces(plan)
+}
+
+// mapped reports whether somebody said where a tablespace goes.
+func (p Physical) mapped(t TablespacePlace) bool {
+	_, byOID := p.Tablespaces[t.OID]
+	_, byPath := p.Tablespaces[t.From]
+	return byOID || byPath
 }
 
 // mapTablespaces finds the place of each tablespace.

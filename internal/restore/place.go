@@ -76,6 +76,9 @@ func (p Physical) planPlaces(plan *PhysicalPlan) error {
 	if err := p.planDir(plan); err != nil {
 		return err
 	}
+	if err := p.apartFromSource(plan); err != nil {
+		return err
+	}
 	var taken []string
 	for i := range plan.Tablespaces {
 		t := plan.Tablespaces[i]
@@ -223,7 +226,10 @@ func (p Physical) planTablespace(plan *PhysicalPlan, t TablespacePlace) error {
 	switch plan.State {
 	case Unfinished:
 		return nil
-	case Existing: // only what this very data directory leads to
+	case Existing: // only what this very data directory leads to, and no other that it is a copy of
+		if !p.mapped(t) && !p.overSource(plan) {
+			break
+		}
 		link := filepath.Join(p.Dir, "pg_tblspc", t.OID)
 		if to, err := os.Readlink(link); err == nil && filepath.Clean(to) == t.To {
 			return nil
