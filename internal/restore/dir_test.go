@@ -394,3 +394,38 @@ func TestConfigurationFromOutsideComesBackBesideTheDirectory(t *testing.T) {
 		t.Errorf("it says %q (%v)", b, err)
 	}
 }
+
+// A link of the administrator's in the data directory, to a certificate for
+// instance, comes back as the link that it was.
+func TestALinkInTheDataDirectoryComesBack(t *testing.T) {
+	s := newSite(t)
+	key := s.write("server.key", "secret")
+	if err := os.Symlink(key, filepath.Join(s.pg.DataDir, "server.key")); err != nil {
+		t.Fatal(err)
+	}
+	s.rows(5)
+	s.take()
+	s.archived()
+	p := s.physical("linked", latestMoment)
+	for _, state := range []restore.DirState{restore.New, restore.Existing} {
+		p.Delta = state == restore.Existing
+		plan := s.restored(p)
+		if plan.State != state || len(plan.Notes) != 1 || !strings.Contains(plan.Notes[0], "server.key is a link to "+key) {
+			t.Errorf("the plan is %+v", plan)
+		}
+		if to, err := os.Readlink(filepath.Join(p.Dir, "server.key")); err != nil || to != key {
+			t.Errorf("%s: the link leads to %q (%v)", state, to, err)
+		}
+	}
+	if b, err := os.ReadFile(key); err != nil || string(b) != "secret" {
+		t.Errorf("what it leads to is %q (%v)", b, err)
+	}
+	server, err := s.start(p, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Kill()
+	if diff := cmp.Diff(seqs(t, s.pg), seqs(t, server)); diff != "" {
+		t.Error(diff)
+	}
+}

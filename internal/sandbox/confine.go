@@ -14,8 +14,10 @@ import (
 
 // Confine makes sure that a server on this data stays within the sandbox: no
 // link leads out of it, a tablespace that is in place at the source least of
-// all. Then it gives every file to the server's OS user. Data that would not
-// stay is fail.BadConfig.
+// all. A link in the data directory that is no tablespace's was the source's
+// administrator's, to a certificate for instance: one that leads out, or nowhere,
+// is removed. Then it gives every file to the server's OS user. Data that would
+// not stay is fail.BadConfig.
 func (s *Sandbox) Confine() error {
 	if err := s.confineMap(); err != nil {
 		return fmt.Errorf("confine: %w", err)
@@ -28,7 +30,11 @@ func (s *Sandbox) Confine() error {
 			switch d.Type() {
 			case 0, fs.ModeDir:
 			case fs.ModeSymlink:
-				if err := s.confineLink(path); err != nil {
+				err := s.confineLink(path)
+				if err != nil && dir == s.Data() && filepath.Dir(path) != filepath.Join(dir, "pg_tblspc") {
+					return os.Remove(path)
+				}
+				if err != nil {
 					return err
 				}
 			default:

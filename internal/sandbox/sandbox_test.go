@@ -277,6 +277,39 @@ func TestLinksOutOfTheSandboxAreRefused(t *testing.T) {
 	}
 }
 
+// A link that is no tablespace's leads nowhere in the sandbox, and is no obstacle.
+func TestOtherLinksOutOfTheSandboxAreRemoved(t *testing.T) {
+	s := create(t, sandbox.Options{})
+	outside := filepath.Join(t.TempDir(), "key")
+	if err := os.WriteFile(outside, []byte("secret"), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(s.Data(), "certs"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	links := map[string]string{"server.key": outside, "certs/deep": filepath.Dir(outside), "dangling": "/nonexistent", "inside": "PG_VERSION"}
+	for name, to := range links {
+		if err := os.Symlink(to, filepath.Join(s.Data(), name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Confine(); err != nil {
+		t.Fatal(err)
+	}
+	for name := range links {
+		if _, err := os.Lstat(filepath.Join(s.Data(), name)); (err == nil) != (name == "inside") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	info, err := os.Stat(outside)
+	if err != nil || info.Mode() != 0o640 || int(info.Sys().(*syscall.Stat_t).Uid) != os.Getuid() {
+		t.Errorf("what one led to is %+v (%v)", info, err)
+	}
+	if err := s.Open(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestServerThatStandsStillIsEnded(t *testing.T) {
 	s := create(t, sandbox.Options{StallAfter: 2 * time.Second})
 	_, err := s.Recover(t.Context(), sandbox.Recovery{Command: "sleep 1000; true"})
