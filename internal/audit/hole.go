@@ -59,13 +59,7 @@ func (l Ledger) Holes(bases []Base) []Hole {
 			missing[s.timeline].add(s.Range)
 		}
 	}
-	var holes []Hole
-	for i, t := range l.Timelines {
-		if i > 0 && len(t.Ranges) > 0 && t.Born.IsZero() && l.needed(t.ID, bases) < end {
-			name := pg.HistoryName(t.ID).String()
-			holes = append(holes, Hole{Timeline: t.ID, First: name, Last: name, Count: 1, Since: t.Ranges[0].First})
-		}
-	}
+	holes := l.lostHistories(bases)
 	for t, m := range missing {
 		for _, r := range m.Ranges {
 			if r.From = max(r.From, l.needed(t, bases)); r.From < r.To {
@@ -76,6 +70,36 @@ func (l Ledger) Holes(bases []Base) []Hole {
 		}
 	}
 	slices.SortFunc(holes, func(a, b Hole) int { return cmp.Compare(a.First, b.First) })
+	return holes
+}
+
+// lostHistories are the histories that are missing: of timelines that the archive
+// has segments of, and of those that a later history names. The oldest timeline
+// has none, or began before the archive did.
+func (l Ledger) lostHistories(bases []Base) (holes []Hole) {
+	since := make(map[pg.Timeline]time.Time)
+	lost := func(t pg.Timeline, shown time.Time) {
+		if at, ok := since[t]; !ok || shown.Before(at) {
+			since[t] = shown
+		}
+	}
+	for i, t := range l.Timelines {
+		if i > 0 && len(t.Ranges) > 0 && t.Born.IsZero() && l.needed(t.ID, bases) < end {
+			lost(t.ID, t.Ranges[0].First)
+		}
+		for k, f := range t.Forks[min(1, len(t.Forks)):] {
+			used := func(b Base) bool { // on the way to the timeline that f left, or on that
+				return slices.ContainsFunc(t.Forks[:k+2], func(f pg.Fork) bool { return f.Timeline == b.Timeline && b.Stop <= f.At })
+			}
+			if f.Timeline > l.Timelines[0].ID && l.of(f.Timeline).Born.IsZero() && (len(bases) == 0 || slices.ContainsFunc(bases, used)) {
+				lost(f.Timeline, t.Born)
+			}
+		}
+	}
+	for t, at := range since {
+		name := pg.HistoryName(t).String()
+		holes = append(holes, Hole{Timeline: t, First: name, Last: name, Count: 1, Since: at})
+	}
 	return holes
 }
 

@@ -204,3 +204,53 @@ func TestTake(t *testing.T) {
 		}
 	}
 }
+
+// A history that nobody archived is missing once a later one names its timeline.
+func TestC3AHistoryThatALaterOneNamesIsMissing(t *testing.T) {
+	forks := []pg.Fork{{Timeline: 1, At: 0x300000}, {Timeline: 2, At: 0x500000}}
+	base := func(t pg.Timeline, start pg.LSN) audit.Base {
+		return audit.Base{Timeline: t, Start: start, Stop: start + 1}
+	}
+	for what, tt := range map[string]struct {
+		oldest, latest spot
+		second         bool // its history is there
+		bases          []audit.Base
+		want           string
+	}{
+		"missing":                          {spot{1, 2}, spot{3, 5}, false, nil, "00000002.history"},
+		"needed by a base":                 {spot{1, 2}, spot{3, 5}, false, []audit.Base{base(1, 0x200000)}, "00000002.history"},
+		"needed by none":                   {spot{3, 4}, spot{3, 5}, false, []audit.Base{base(3, 0x500000)}, ""},
+		"there":                            {spot{1, 2}, spot{3, 5}, true, nil, ""},
+		"older than the archive":           {spot{2, 4}, spot{3, 5}, false, nil, ""},
+		"nothing archived on its timeline": {spot{1, 2}, spot{1, 2}, false, nil, "00000002.history"},
+	} {
+		l := audit.Ledger{SegmentSize: segment}
+		for _, s := range []spot{tt.oldest, tt.latest} {
+			if err := l.Add(s.name(), epoch); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if tt.second {
+			l.AddHistory(2, forks[:1], epoch)
+		}
+		l.AddHistory(3, forks, epoch.Add(time.Hour))
+		got := ""
+		for _, h := range l.Holes(tt.bases) {
+			if strings.HasSuffix(h.First, ".history") {
+				got += h.First
+				if h.Count != 1 || h.Timeline != 2 || !h.Since.Equal(epoch.Add(time.Hour)) {
+					t.Errorf("%s: %+v", what, h)
+				}
+			}
+		}
+		if got != tt.want {
+			t.Errorf("%s: %q is missing, want %q", what, got, tt.want)
+		}
+	}
+	l := audit.Ledger{} // no segment, so their size is not known
+	l.AddHistory(2, forks[:1], epoch)
+	l.AddHistory(4, append(forks[:2:2], pg.Fork{Timeline: 3, At: 0x600000}), epoch)
+	if holes := l.Holes([]audit.Base{base(1, 0x200000)}); len(holes) != 1 || holes[0].First != "00000003.history" {
+		t.Errorf("of histories alone: %+v", holes)
+	}
+}
