@@ -39,7 +39,8 @@ Options, after push, fetch or claim:
   --config FILE     configuration, in place of ` + config.DefaultFile + `
   --cluster NAME    one of the clusters in it, if there are several
   --pgdata DIR      data directory; PostgreSQL runs the commands there
-  --timeout TIME    give up after that long (60s)
+  --timeout TIME    give up after that long (60s); a standby that asks for a
+                    history waits for the store, however long it is down
   --expect SEGMENT  of fetch: the archive held the log up to there, so that no
                     segment up to there is absent; pgkeep restore sets it
 
@@ -85,6 +86,10 @@ func run(ctx context.Context, args, environ []string, out, errw io.Writer) int {
 		return 0
 	case err == nil:
 		err = c.bounded(ctx, environ, out, errw)
+		for errors.Is(err, wal.ErrWait) && ctx.Err() == nil {
+			say(errw, err)
+			err = c.bounded(ctx, environ, out, errw)
+		}
 	}
 	if err == nil {
 		return 0
@@ -93,16 +98,21 @@ func run(ctx context.Context, args, environ []string, out, errw io.Writer) int {
 		return 0 // where PostgreSQL is process 1, it takes all else for the crash of one of its own
 	}
 	if !errors.Is(err, wal.ErrAbsent) {
-		line := "pgkeep-wal: " + strings.ReplaceAll(err.Error(), "\n", "; ")
-		if hint := fail.HintOf(err); hint != "" {
-			line += " (hint: " + hint + ")"
-		}
-		fmt.Fprintln(errw, line)
+		say(errw, err)
 	}
 	if verbOf(args) == push {
 		return fail.KindOf(err).ExitStatus()
 	}
 	return fetchStatus(err)
+}
+
+// say writes an error as one line of PostgreSQL's log.
+func say(errw io.Writer, err error) {
+	line := "pgkeep-wal: " + strings.ReplaceAll(err.Error(), "\n", "; ")
+	if hint := fail.HintOf(err); hint != "" {
+		line += " (hint: " + hint + ")"
+	}
+	fmt.Fprintln(errw, line)
 }
 
 // fetchStatus is never one that PostgreSQL takes for the end of the log, unless

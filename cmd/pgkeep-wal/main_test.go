@@ -52,6 +52,9 @@ func TestFetchStatus(t *testing.T) {
 	if got := fetchStatus(fmt.Errorf("fetch: %w; %w", fail.StoreDown, wal.ErrLater)); got != 1 {
 		t.Errorf("a standby in an outage: %d", got)
 	}
+	if got := fetchStatus(fmt.Errorf("fetch: %w; %w", fail.StoreDown, wal.ErrWait)); got < 200 || got > 239 {
+		t.Errorf("a history that a standby asks for in an outage: %d", got)
+	}
 }
 
 func TestWrongCommandLines(t *testing.T) {

@@ -213,8 +213,8 @@ exec %s fetch --timeout 2s --config %s "$1" "$2"
 			t.Fatal(err)
 		}
 		w.insert(w.pg, rows, 2)
-		asked := func() int { return bytes.Count(read(t, log), []byte("a standby asks again")) }
-		until(t, "it asked twice in vain", func() bool { return asked() >= 2 })
+		waits := func() int { return bytes.Count(read(t, log), []byte("a standby waits for the answer")) }
+		until(t, "it waits for a history, longer than one try", func() bool { return waits() >= 2 })
 		if got := w.query(p, "SELECT pg_is_in_recovery()::text"); got != "true" {
 			t.Error("it opened")
 		}

@@ -25,9 +25,14 @@ var (
 	// ErrAbsent means that a file is proved not to be in the archive, and that
 	// nothing there shows that it should be.
 	ErrAbsent = errors.New("not in the archive")
-	// ErrLater means that the store could not be asked, and that the server is
-	// a standby, which asks again and opens for nobody meanwhile.
+	// ErrLater means that the store could not be asked for a segment, and that
+	// the server is a standby, which asks again and opens for nobody meanwhile.
 	ErrLater = errors.New("a standby asks again")
+	// ErrWait means that the store could not be asked for a history, and that
+	// the server is a standby. It must not be told that there is none: a server
+	// that is being promoted takes the number of the first history that is not
+	// there. But it can wait, and whoever serves it should ask again.
+	ErrWait = errors.New("a standby waits for the answer")
 )
 
 // A Fetcher delivers files of the archive to the PostgreSQL of one data
@@ -59,7 +64,8 @@ type Fetcher struct {
 // is there, whole, durable and verified. What may pass is tried again until ctx
 // ends, and nearly everything may: the error is that of the last attempt that
 // had one of its own. It is ErrAbsent or ErrLater only where PostgreSQL may
-// take the answer for the end of the log as it stands.
+// take the answer for the end of the log as it stands. ErrWait is for the caller
+// alone: PostgreSQL may not.
 func (f Fetcher) Fetch(ctx context.Context, name, path string) error {
 	n, err := pg.ParseWALName(name)
 	if err != nil {
@@ -83,7 +89,12 @@ func (f Fetcher) Fetch(ctx context.Context, name, path string) error {
 		break
 	}
 	if transient(p.last) && f.standby() {
-		return fmt.Errorf("%w; %w", p.last, ErrLater)
+		switch n.Kind {
+		case pg.Segment:
+			return fmt.Errorf("%w; %w", p.last, ErrLater)
+		case pg.History:
+			return fmt.Errorf("%w; %w", p.last, ErrWait)
+		}
 	}
 	return p.last
 }

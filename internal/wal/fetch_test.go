@@ -204,10 +204,18 @@ func TestAStandbyIsToldToAskAgainOnlyWhenTheStoreIsSilent(t *testing.T) {
 				if k == "silence" {
 					f.Open = func(ctx context.Context) (*repo.Repo, error) { <-ctx.Done(); return nil, ctx.Err() }
 				}
-				_, err := fetch(t, f, seg+"42")
-				want := signal == "standby.signal" && slices.Contains([]fail.Kind{fail.StoreDown, "silence"}, k)
-				if got := errors.Is(err, wal.ErrLater); got != want || err == nil || errors.Is(err, wal.ErrAbsent) {
-					t.Errorf("%s, %q: %v", signal, k, err)
+				for name, answer := range map[string]error{
+					seg + "42":                 wal.ErrLater,
+					"00000002.history":         wal.ErrWait, // else a promotion would take its number
+					seg + "42.00000028.backup": nil,
+				} {
+					_, err := fetch(t, f, name)
+					silent := signal == "standby.signal" && slices.Contains([]fail.Kind{fail.StoreDown, "silence"}, k)
+					for _, e := range []error{wal.ErrLater, wal.ErrWait} {
+						if got := errors.Is(err, e); got != (silent && e == answer) || err == nil || errors.Is(err, wal.ErrAbsent) {
+							t.Errorf("%s, %q: %s: %v", signal, k, name, err)
+						}
+					}
 				}
 			})
 		}
