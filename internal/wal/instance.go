@@ -84,15 +84,27 @@ func openInstance(pgdata string) (Instance, error) {
 // rebooted, which a device number does not.
 type place struct {
 	Machine string `json:"machine_id,omitempty"` // /etc/machine-id; a container may have none
+	Host    string `json:"host,omitempty"`       // its name, in place of a machine's id where there is none
 	Dir     string `json:"dir"`                  // tells clones of file systems apart
 }
 
 func thisPlace(dir string) (place, error) {
-	b, err := os.ReadFile("/etc/machine-id")
+	machine, err := os.ReadFile("/etc/machine-id")
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return place{}, err
 	}
-	return place{strings.TrimSpace(string(b)), dir}, nil
+	host, err := os.Hostname()
+	return placeOf(string(machine), host, dir), err
+}
+
+// placeOf leaves the host's name out where the machine has an id: a host may be
+// renamed.
+func placeOf(machine, host, dir string) place {
+	at := place{Machine: strings.TrimSpace(machine), Dir: dir}
+	if at.Machine == "" {
+		at.Host = host
+	}
+	return at
 }
 
 // An instanceRecord is the content of the file of an instance. It names the

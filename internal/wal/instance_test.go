@@ -119,6 +119,30 @@ func TestACopyIsAnotherInstance(t *testing.T) {
 	}
 }
 
+// A snapshot of a container keeps the path and the inodes. Where there is no
+// machine's id, the host's name tells.
+func TestAContainerIsToldByItsName(t *testing.T) {
+	for _, tt := range []struct {
+		machine, host string
+		another       string // host of the copy
+		same          bool
+	}{
+		{"", "one", "one", true},
+		{"\n", "one", "two", false},
+		{"0123\n", "one", "two", true}, // renamed
+	} {
+		dir := t.TempDir()
+		id, err := wal.InstanceAt(dir, tt.machine, tt.host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := wal.InstanceAt(dir, tt.machine, tt.another)
+		if err != nil || (again == id) != tt.same {
+			t.Errorf("%+v: %s, and then %s (%v)", tt, id, again, err)
+		}
+	}
+}
+
 // inPlace changes a file that keeps its inode.
 func inPlace(t *testing.T, dir, file string, b []byte) string {
 	t.Helper()
