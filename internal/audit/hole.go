@@ -73,8 +73,9 @@ func (l Ledger) Holes(bases []Base) []Hole {
 	return holes
 }
 
-// lostHistories are the histories that are missing: of timelines that the archive
-// has segments of, and of those that a later history names. The oldest timeline
+// lostHistories are the histories that are missing, or cannot be read: of
+// timelines that the archive has segments of, and of those that a later history
+// names. The oldest timeline
 // has none, or began before the archive did.
 func (l Ledger) lostHistories(bases []Base) (holes []Hole) {
 	since := make(map[pg.Timeline]time.Time)
@@ -86,6 +87,9 @@ func (l Ledger) lostHistories(bases []Base) (holes []Hole) {
 	for i, t := range l.Timelines {
 		if i > 0 && len(t.Ranges) > 0 && t.Born.IsZero() && l.needed(t.ID, bases) < end {
 			lost(t.ID, t.Ranges[0].First)
+		}
+		if !t.Lost.IsZero() {
+			lost(t.ID, t.Lost)
 		}
 		for k, f := range t.Forks[min(1, len(t.Forks)):] {
 			used := func(b Base) bool { // on the way to the timeline that f left, or on that

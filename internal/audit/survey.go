@@ -2,12 +2,15 @@ package audit
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/store"
 )
 
 // An Odd object stands in an archive and can be no file of it. It counts as
@@ -27,33 +30,61 @@ const leap = 1000
 // Survey lists an archive. Long ranges of known, the ledger of an earlier
 // survey, are taken as they were: to list an archive of years costs little, and
 // a segment that was lost in the middle of such a range is not noticed. The
-// zero ledger lists everything. It reads the histories that are not known.
+// zero ledger lists everything. It reads the histories that are not known, and of
+// the segments the first. One that is damaged is odd, and the survey goes on; but
+// then it ends with the error of the first, beside what it found: a plan must not
+// be made without it.
 func Survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (Ledger, []Odd, error) {
-	l := Ledger{Archive: a, SegmentSize: known.SegmentSize}
-	var odd []Odd
+	l, odd, bad, err := survey(ctx, r, a, known)
+	return l, odd, cmp.Or(err, bad)
+}
+
+// survey is Survey, with what is bad of the archive apart from why it was not
+// surveyed.
+func survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (l Ledger, odd []Odd, bad, err error) {
+	l = Ledger{Archive: a}
 	var after pg.WALName
 	for again := true; again; {
 		again = false
 		for o, err := range r.WALObjects(ctx, a, after) {
 			if err != nil {
-				return l, odd, err
+				return l, odd, bad, err
 			}
 			if over, to, ok := known.over(o.Name); ok {
+				l.SegmentSize = known.SegmentSize
 				t := l.timeline(o.Name.Timeline)
 				t.add(over)
 				after, again = to, true
 				break
 			}
 			why, err := l.enter(ctx, r, o, known)
+			if damaged(err) && len(odd) < maxOdd { // so many are no accident: nobody is to read them all
+				bad = cmp.Or(bad, err)
+				why, err = err.Error(), nil
+				if o.Name.Kind == pg.History {
+					l.timeline(o.Name.Timeline).Lost = o.Modified
+				}
+			}
 			if err != nil {
-				return l, odd, err
+				return l, odd, bad, err
 			}
 			if why != "" && len(odd) < maxOdd {
 				odd = append(odd, Odd{o.Key, why})
 			}
 		}
 	}
-	return l, odd, nil
+	return l, odd, bad, nil
+}
+
+// damaged reports whether err says of one object that it is of no use, or gone
+// since it was listed, and nothing of the store.
+func damaged(err error) bool {
+	for _, k := range []error{fail.Corrupt, fail.WrongSystem, fail.Untrusted, store.ErrNotExist} {
+		if errors.Is(err, k) {
+			return true
+		}
+	}
+	return false
 }
 
 // over finds the range of l in which a segment stands with many behind it, and
@@ -100,9 +131,10 @@ func (l *Ledger) enter(ctx context.Context, r *repo.Repo, o repo.WALObject, know
 		if err != nil {
 			return "", err
 		}
-		if l.SegmentSize = pg.SegmentSize(size); !l.SegmentSize.Valid() {
+		if !pg.SegmentSize(size).Valid() {
 			return "", fmt.Errorf("%v: %d bytes, and no segment has so many: %w", o.Name, size, fail.Corrupt)
 		}
+		l.SegmentSize = pg.SegmentSize(size)
 	}
 	if err := l.Add(o.Name, o.Modified); err != nil {
 		return err.Error(), nil

@@ -176,6 +176,43 @@ func TestOddObjectsAreTold(t *testing.T) {
 	}
 }
 
+// A damaged object is missing, and nothing but that: the rest is audited.
+func TestC3ADamagedObjectEndsNoAudit(t *testing.T) {
+	b := newArchive(t)
+	b.fake("000000010000000000000001", "000000010000000000000002") // x: no header
+	b.put("000000010000000000000003", make([]byte, segment))
+	b.fake("000000010000000000000005", "00000002.history", "00000003.history", "000000030000000000000006")
+	var known audit.Ledger
+	for range 2 { // another survey finds the same
+		l, odd, err := audit.Survey(t.Context(), b.r, b.a, known)
+		if !errors.Is(err, fail.Corrupt) {
+			t.Fatalf("who plans by it does not hear of it: %v", err)
+		}
+		if r := l.Timelines[0].Ranges; len(odd) != 4 || l.SegmentSize != segment || len(r) != 2 || r[0].From != 0x300000 {
+			t.Fatalf("%+v, odd: %+v", l, odd)
+		}
+		var got []string
+		for _, h := range l.Holes([]audit.Base{{Timeline: 1, Start: 0x200000, Stop: 0x300010}}) {
+			got = append(got, h.First)
+		}
+		if want := "000000010000000000000002 000000010000000000000004 00000002.history 00000003.history"; strings.Join(got, " ") != want {
+			t.Errorf("missing: %q, want %q", got, want)
+		}
+		all, err := audit.Take(t.Context(), b.r, "main", []audit.Report{{Ledger: known}}, time.Now().Add(time.Hour))
+		if err != nil || len(all) != 1 || len(all[0].Odd) != 4 || !errors.Is(audit.Err("main", all), fail.WALHole) {
+			t.Errorf("%+v, %v", all, err)
+		}
+		known = l
+	}
+	b = newArchive(t)
+	for n := range 200 {
+		b.fake(spot{1, n}.name().String())
+	}
+	if l, odd, err := audit.Survey(t.Context(), b.r, b.a, audit.Ledger{}); !errors.Is(err, fail.Corrupt) || len(odd) != 100 {
+		t.Errorf("where nothing can be read: %+v, %d odd, %v", l, len(odd), err)
+	}
+}
+
 func TestTake(t *testing.T) {
 	b := newArchive(t)
 	ctx := context.Background()
