@@ -40,9 +40,12 @@ func TestARequestedRestoreStaysWhereTheHostAllows(t *testing.T) {
 		if tt.tablespace != "" {
 			q.Tablespaces = map[string]string{"1": tt.tablespace}
 		}
-		_, err := prepareAllowed(&config.Config{RestoreDirs: []config.Path{"/nowhere", config.Path(allowed)}}, nil, q)
+		p, err := prepareAllowed(&config.Config{RestoreDirs: []config.Path{"/nowhere", config.Path(allowed)}}, nil, q)
 		if (err == nil) != tt.ok || err != nil && !errors.Is(err, fail.BadConfig) {
 			t.Errorf("%+v: %v", tt, err)
+		}
+		if err == nil && (p.Allowed == nil || p.Allowed("/srv/space") == nil || p.Allowed(allowed+"/other") != nil) {
+			t.Errorf("%+v: a tablespace that only the backup names goes where it likes", tt)
 		}
 		if _, err := prepareAllowed(new(config.Config), nil, q); err == nil {
 			t.Errorf("%+v: allowed by nobody", tt)

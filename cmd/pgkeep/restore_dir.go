@@ -202,20 +202,28 @@ func prepareRestore(cfg *config.Config, r *repo.Repo, q activities.RestoreReques
 }
 
 // prepareAllowed is prepareRestore for a request that came over Temporal: it may
-// write only where the configuration of this host says.
+// write only where the configuration of this host says. Where the tablespaces go
+// that the request does not name, only the backup tells.
 func prepareAllowed(cfg *config.Config, r *repo.Repo, q activities.RestoreRequest) (restore.Physical, error) {
-	places := slices.Collect(maps.Values(q.Tablespaces))
-	places = append(places, q.Dir)
+	allowed := func(place string) error {
+		if slices.ContainsFunc(cfg.RestoreDirs, func(dir config.Path) bool { return below(string(dir), place) }) {
+			return nil
+		}
+		return fail.Hint(config.Errorf("host %s restores nothing into %s on request", cfg.Host, place),
+			"name a directory above it as one of restore_dirs in the configuration there, and start the worker again; or map a tablespace elsewhere; or run pgkeep restore there, without --host")
+	}
+	places := append(slices.Collect(maps.Values(q.Tablespaces)), q.Dir)
 	if q.ConfigDir != "" {
 		places = append(places, q.ConfigDir)
 	}
 	for _, place := range places {
-		if !slices.ContainsFunc(cfg.RestoreDirs, func(dir config.Path) bool { return below(string(dir), place) }) {
-			return restore.Physical{}, fail.Hint(config.Errorf("host %s restores nothing into %s on request", cfg.Host, place),
-				"name a directory above it as one of restore_dirs in the configuration there, and start the worker again; or run pgkeep restore there, without --host")
+		if err := allowed(place); err != nil {
+			return restore.Physical{}, err
 		}
 	}
-	return prepareRestore(cfg, r, q)
+	p, err := prepareRestore(cfg, r, q)
+	p.Allowed = allowed
+	return p, err
 }
 
 // below reports whether a path lies below a directory, links followed as far as

@@ -429,3 +429,52 @@ func TestALinkInTheDataDirectoryComesBack(t *testing.T) {
 		t.Error(diff)
 	}
 }
+
+// Class C10: no place is written to that is not allowed, a tablespace's that only
+// the backup names neither.
+func TestC10EveryPlaceMustBeAllowed(t *testing.T) {
+	s := newSite(t)
+	s.take()
+	source, space := s.pg.DataDir, filepath.Join(s.dir, "space")
+	for _, dir := range []string{source, space} { // as on another host, where all is free
+		if err := os.Rename(dir, dir+"-aside"); err != nil {
+			t.Fatal(err)
+		}
+		defer os.Rename(dir+"-aside", dir)
+	}
+	p := s.physical("allowed", latestMoment)
+	p.ConfigDir = filepath.Join(filepath.Dir(p.Dir), "etc")
+	var asked []string
+	forbidden := ""
+	no := errors.New("not there")
+	p.Allowed = func(dir string) error {
+		asked = append(asked, dir)
+		if dir == forbidden {
+			return no
+		}
+		return nil
+	}
+	mapped := p.Tablespaces
+	p.Tablespaces = nil
+	plan, err := p.Plan(t.Context())
+	if want := []string{p.Dir, p.ConfigDir, space}; err != nil || !slices.Equal(asked, want) {
+		t.Errorf("asked about %q, want %q (%v)", asked, want, err)
+	}
+	for _, forbidden = range asked[:len(asked):len(asked)] {
+		if _, err := p.Plan(t.Context()); !errors.Is(err, no) {
+			t.Errorf("plan, without %s: %v", forbidden, err)
+		}
+		if _, err := p.Run(t.Context(), plan); !errors.Is(err, no) {
+			t.Errorf("run, without %s: %v", forbidden, err)
+		}
+		for _, dir := range []string{p.Dir, p.ConfigDir, space} {
+			if _, err := os.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("without %s, %s is there (%v)", forbidden, dir, err)
+			}
+		}
+	}
+	p.Tablespaces, forbidden = mapped, space
+	if _, err := p.Plan(t.Context()); err != nil {
+		t.Errorf("mapped elsewhere: %v", err)
+	}
+}

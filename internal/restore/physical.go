@@ -35,6 +35,9 @@ type Physical struct {
 	// Delta lets Dir hold a data directory of the same cluster, which is no
 	// longer needed: what is equal stays, everything else in it goes.
 	Delta bool
+	// Allowed refuses a place that is not to be written to: it is asked about Dir,
+	// ConfigDir and where each tablespace will be. Nil: anywhere.
+	Allowed func(dir string) error
 	// Owner is "user" or "user:group", for root. "": the owner of Dir, or else
 	// of the directory it is in.
 	Owner string
@@ -120,10 +123,33 @@ func (p Physical) Plan(ctx context.Context) (PhysicalPlan, error) {
 	if err := p.planFiles(ctx, &plan); err != nil {
 		return plan, err
 	}
+	if err := p.allow(plan); err != nil {
+		return plan, err
+	}
 	if err := p.planPlaces(&plan); err != nil {
 		return plan, err
 	}
 	return plan, p.spareSource(&plan)
+}
+
+// allow asks whether all places of a plan are allowed.
+func (p Physical) allow(plan PhysicalPlan) error {
+	if p.Allowed == nil {
+		return nil
+	}
+	places := []string{p.Dir}
+	if p.ConfigDir != "" {
+		places = append(places, p.ConfigDir)
+	}
+	for _, t := range plan.Tablespaces {
+		places = append(places, t.To)
+	}
+	for _, place := range places {
+		if err := p.Allowed(place); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (p *Physical) check() error {

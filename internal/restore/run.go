@@ -32,6 +32,9 @@ func (p Physical) Run(ctx context.Context, plan PhysicalPlan) (rep repo.Report, 
 	if err := p.check(); err != nil {
 		return rep, err
 	}
+	if err := p.allow(plan); err != nil {
+		return rep, err
+	}
 	again := plan // the directory may have changed since
 	if err := p.planDir(&again); err != nil {
 		return rep, err
