@@ -207,7 +207,8 @@ func TestPhysicalBackupSurvivesAKilledWorker(t *testing.T) {
 			run := r.physical()
 			r.until(fmt.Sprintf("%d%% are copied", percent), func() bool {
 				p := r.heartbeat(run, "CopyCluster")
-				return p.Total > 0 && p.Done*100 >= p.Total*percent
+				return p.Total > 0 && p.Done*100 >= p.Total*percent &&
+					(percent == 10 || len(r.packs()) > 0) // each reader fills a pack of its own
 			})
 			w.signal(syscall.SIGKILL)
 			before := int64(0)
@@ -226,9 +227,6 @@ func TestPhysicalBackupSurvivesAKilledWorker(t *testing.T) {
 			}
 			again := after - res.Copy.Stored
 			t.Logf("stored before the kill: %d; the backup refers to %d; sent again: %d", before, res.Copy.Stored, again)
-			if percent > 10 && before == 0 {
-				t.Error("nothing was stored before the kill")
-			}
 			if again*10 > before {
 				t.Errorf("%d bytes were sent again, of %d stored before", again, before)
 			}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -187,7 +188,10 @@ func deletionWhilePublishing(t *testing.T, cut bool) {
 	b := setup(t, new(store.Mem), false)
 	root, _ := tree(t)
 	deleted, written := false, false
+	var mu sync.Mutex // two senders
 	racing := &fault.Store{Store: b.st, Before: func(op, key string) error {
+		mu.Lock()
+		defer mu.Unlock()
 		if cut && written {
 			written, cut = false, false
 			return fault.ErrInjected
