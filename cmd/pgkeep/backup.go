@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -283,6 +284,7 @@ func theCluster(cfg *config.Config, name string) (string, config.Cluster, error)
 		if len(names) == 0 {
 			return "", config.Cluster{}, fail.Hint(config.Errorf("no cluster in the configuration"), "describe one under clusters")
 		}
+		slices.Sort(names)
 		return "", config.Cluster{}, fail.Hint(config.Errorf("which cluster?"), "one of: "+strings.Join(names, ", "))
 	}
 	settings, err := cfg.Cluster(name)

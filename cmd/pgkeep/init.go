@@ -25,9 +25,22 @@ func initCommand(e *env) *cli.Command {
 		Category: setUp,
 		Description: "Says what it made and what it found. Run it at any time: what is there is kept.\n\n" + examples(
 			"pgkeep init", "for keys.recipients",
-			"pgkeep init --new-identity operator.key", "and for a new identity"),
-		Flags: []cli.Flag{newIdentityFlag(), jsonFlag()},
+			"pgkeep init --new-identity operator.key", "and for a new identity",
+			"pgkeep init --sql main", "only print the SQL for the role of a cluster"),
+		ArgsUsage: "[CLUSTER]",
+		Flags: []cli.Flag{
+			newIdentityFlag(),
+			boolFlag("sql", "make nothing: print the SQL that makes the role of CLUSTER, with the rights it needs"),
+			&cli.StringFlag{Name: "kind", Usage: "with --sql: for backups of `KIND`, physical or logical, in place of what the schedules need"},
+			jsonFlag(),
+		},
 		Action: func(c *cli.Context) error {
+			switch {
+			case c.Bool("sql"):
+				return e.initSQL(c.Args().First(), c.String("kind"))
+			case c.NArg() > 0 || c.IsSet("kind"):
+				return config.Errorf("a cluster, and --kind, go with --sql")
+			}
 			return e.init(c.Context, c.String("new-identity"), c.Bool("json"))
 		},
 	}

@@ -52,6 +52,7 @@ func TestC1EveryVersionIsRestoredAsItWas(t *testing.T) {
 
 func restoreVersion(t *testing.T, major int) {
 	s := newSiteOf(t, major)
+	s.exec(cluster.RoleSQL("keeper", cluster.Duties{Physical: true})) // backups need no superuser
 	s.exec("CREATE UNLOGGED TABLE fleeting AS SELECT generate_series(1, 1000) AS n", "CREATE INDEX ON fleeting (n)")
 	if out, err := s.pg.Command(t.Context(), "pgbench", append(s.bench(), "-i", "-q", "-s", "1")...).CombinedOutput(); err != nil {
 		t.Fatalf("pgbench: %v: %s", err, out)
@@ -236,7 +237,7 @@ func (s *site) takeUnderLoad() backup.Copied {
 	ctx := s.t.Context()
 	s.backup++
 	id, began := repo.NewID(time.Now(), fmt.Sprintf("%08x", s.backup)), time.Now().UTC()
-	b := backup.Physical{Name: "main", Host: "db1", Cluster: cluster.Cluster{Conninfo: s.pg.Conninfo() + " dbname=postgres"}, Spool: s.t.TempDir(),
+	b := backup.Physical{Name: "main", Host: "db1", Cluster: cluster.Cluster{Conninfo: strings.Replace(s.pg.Conninfo(), "user=postgres", "user=keeper", 1)}, Spool: s.t.TempDir(),
 		Open: func(context.Context) (*repo.Repo, error) { return s.repo, nil }, Log: slog.New(slog.DiscardHandler), WALWait: 5 * time.Minute, Pace: backup.Pace{Rate: 24 << 20}}
 	var copied backup.Copied
 	_, err := b.Preflight(ctx, id, began, backup.Owner{})
