@@ -67,8 +67,8 @@ type FillWALRequest struct {
 
 // FillWALResult says what was put back, by name.
 type FillWALResult struct {
-	Segments []string `json:"segments"`
-	Refused  []string `json:"refused,omitempty"` // what is in pg_wal and not sound, and why
+	Files   []string `json:"segments"`          // and histories
+	Refused []string `json:"refused,omitempty"` // what is in pg_wal and not sound, and why
 }
 
 // FillWAL archives what a lost primary did not, as far as pg_wal here has it.
@@ -76,7 +76,7 @@ func (w *WAL) FillWAL(ctx context.Context, req FillWALRequest) (res FillWALResul
 	a, err := w.auditor(req.Cluster)
 	if err == nil {
 		done, ferr := a.Fill(ctx, req.Found)
-		res, err = FillWALResult{done.Segments, done.Refused}, ferr
+		res, err = FillWALResult{done.Files, done.Refused}, ferr
 	}
 	return res, border(ctx, err)
 }

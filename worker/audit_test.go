@@ -168,14 +168,17 @@ func TestWALAuditFills(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	history := filepath.Join(r.pg.DataDir, "pg_wal/00000002.history")
-	if err := os.WriteFile(history, fmt.Appendf(nil, "1\t%v\tas if\n", at+0x100), 0o600); err != nil {
-		t.Fatal(err)
+	history := ""
+	for i, name := range []string{"00000002.history", "00000003.history"} {
+		history += fmt.Sprintf("%d\t%v\tas if\n", i+1, at+0x100)
+		if err := os.WriteFile(filepath.Join(r.pg.DataDir, "pg_wal", name), []byte(history), 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
 	archive(segments[:3]...)
-	archive(segments[4], "00000002.history")
+	archive(segments[4], "00000003.history")
 	run, res, err := r.audit(t)
-	want := append([]string{segments[3]}, segments[5:8]...)
+	want := append(append([]string{segments[3]}, segments[5:8]...), "00000002.history")
 	if err != nil || !slices.Equal(res.Filled, want) || len(res.Archives[0].Holes) > 0 {
 		t.Errorf("%+v, %v; want %v filled", res, err, want)
 	}
@@ -203,4 +206,19 @@ func TestWALAuditSeesASilentArchiver(t *testing.T) {
 	run, _, err := r.audit(t)
 	failed(t, err, fail.NotArchiving, "PostgreSQL counts neither success nor failure")
 	record(t, r.client, run, "wal_audit_not_archiving")
+}
+
+// That PostgreSQL is down says nothing of what is archived, and hides nothing.
+func TestWALAuditTellsOfAHoleWhilePostgreSQLIsDown(t *testing.T) {
+	r, segments, archive := archived(t, "true")
+	r.serve(t, time.Second)
+	archive(segments[:3]...)
+	r.pg.Kill()
+	_, _, err := r.audit(t)
+	if app, ok := errors.AsType[*temporal.ApplicationError](err); !ok || app.Type() != string(fail.PGDown) {
+		t.Errorf("%v, want %v", err, fail.PGDown)
+	}
+	archive(segments[4])
+	_, _, err = r.audit(t)
+	failed(t, err, fail.WALHole, segments[3])
 }

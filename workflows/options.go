@@ -32,6 +32,15 @@ func few(host, summary string) workflow.ActivityOptions {
 	return opt
 }
 
+// glance is for a look at what may be down, where a schedule looks again soon and
+// there is something to tell meanwhile.
+func glance(host, summary string) workflow.ActivityOptions {
+	opt := quick(host, summary)
+	opt.StartToCloseTimeout, opt.ScheduleToCloseTimeout = time.Minute, 5*time.Minute
+	opt.RetryPolicy.MaximumAttempts = 3
+	return opt
+}
+
 // patient is for small work near the end of a backup: hours of it are not thrown
 // away because a server is restarted.
 func patient(host, summary string) workflow.ActivityOptions {

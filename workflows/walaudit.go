@@ -33,14 +33,15 @@ type WALAuditRequest struct {
 type WALAuditResult struct {
 	Archives []audit.Report   `json:"archives"`
 	Archiver cluster.Archiver `json:"archiver"`
-	Filled   []string         `json:"filled,omitempty"` // segments that were put back
+	Filled   []string         `json:"filled,omitempty"` // files that were put back
 	SinceAll int              `json:"since_all"`        // audits since the whole archive was listed
 }
 
 // WALAudit looks for holes in the archive of a cluster, fills those that the
 // server of the cluster can, and looks whether archiving goes on. It fails with
 // fail.WALHole or fail.NotArchiving: what is wrong then is to be seen in the list
-// of workflows, until it is right again.
+// of workflows, until it is right again. Of a hole it tells first, also while
+// PostgreSQL is down.
 func WALAudit(ctx workflow.Context, req WALAuditRequest) (res WALAuditResult, err error) {
 	b := newBoard(ctx, "WAL audit of "+req.Cluster, "")
 	defer func() { err = b.end(ctx, err) }()
@@ -60,26 +61,31 @@ func WALAudit(ctx workflow.Context, req WALAuditRequest) (res WALAuditResult, er
 
 	b.stage(ctx, "archiver")
 	var seen activities.InspectArchiverResult
-	if err := do(ctx, quick(req.Host, "what waits to be archived"), archive.InspectArchiver, activities.InspectArchiverRequest{Cluster: req.Cluster}).Get(ctx, &seen); err != nil {
-		return res, err
+	unseen := do(ctx, glance(req.Host, "what waits to be archived"), archive.InspectArchiver, activities.InspectArchiverRequest{Cluster: req.Cluster}).Get(ctx, &seen)
+	if temporal.IsCanceledError(unseen) {
+		return res, unseen
 	}
-	res.Archiver = seen.Archiver
-	b.archiver(seen.Archiver)
+	if unseen != nil { // that there is a hole matters more
+		b.row("Archiver", "see the failure of InspectArchiver")
+	} else {
+		res.Archiver = seen.Archiver
+		b.archiver(seen.Archiver)
+	}
 
 	hole := audit.Err(req.Cluster, found)
-	if hole != nil {
+	if hole != nil && unseen == nil { // else nobody says where pg_wal is
 		b.stage(ctx, "fill")
 		var filled activities.FillWALResult
 		ferr := do(ctx, few(req.Host, "look into pg_wal for what is missing"), archive.FillWAL, activities.FillWALRequest{Cluster: req.Cluster, Found: found}).Get(ctx, &filled)
 		if temporal.IsCanceledError(ferr) {
 			return res, ferr
 		}
-		if ferr != nil { // that there is a hole matters more
+		if ferr != nil { // likewise
 			workflow.GetLogger(ctx).Warn("hole not filled", "error", ferr)
 			b.row("Not filled", "see the failure of FillWAL")
 		}
-		if res.Filled = filled.Segments; len(res.Filled) > 0 {
-			b.row("Filled", fmt.Sprintf("%d segments, from %s on", len(res.Filled), res.Filled[0]))
+		if res.Filled = filled.Files; len(res.Filled) > 0 {
+			b.row("Filled", fmt.Sprintf("%d files, from %s on", len(res.Filled), res.Filled[0]))
 			if found, err = b.audit(ctx, req, "list what is archived now", found); err != nil {
 				return res, err
 			}
@@ -87,6 +93,9 @@ func WALAudit(ctx workflow.Context, req WALAuditRequest) (res WALAuditResult, er
 		}
 	}
 	res.Archives = found
+	if hole == nil && unseen != nil {
+		return res, unseen
+	}
 	for _, err := range []error{hole, audit.Stuck(req.Cluster, res.Archiver)} {
 		if err != nil {
 			return res, temporal.NewNonRetryableApplicationError(err.Error(), string(fail.KindOf(err)), nil, activities.Advice{Hint: fail.HintOf(err)})

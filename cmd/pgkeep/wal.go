@@ -305,7 +305,7 @@ func (e *env) fill(ctx context.Context, cfg *config.Config, r *repo.Repo, cluste
 		return err
 	}
 	done, err := audit.Fill(ctx, r, cluster, at, all)
-	*filled = append(*filled, done.Segments...)
+	*filled = append(*filled, done.Files...)
 	for _, why := range done.Refused {
 		e.say("not filled: %s", why)
 	}

@@ -14,8 +14,9 @@ import (
 	"github.com/pgkeep/pgkeep/internal/wal"
 )
 
-// Fill puts segments that are missing in the archive of a cluster into it, as
-// far as the data directory of the server on this host has them: see wal.Fill.
+// Fill puts segments and histories that are missing in the archive of a cluster
+// into it, as far as the data directory of the server on this host has them: see
+// wal.Fill.
 func Fill(ctx context.Context, r *repo.Repo, name string, at cluster.Cluster, found []Report) (wal.Filled, error) {
 	f, err := at.Facts(ctx)
 	if err != nil {
@@ -26,16 +27,10 @@ func Fill(ctx context.Context, r *repo.Repo, name string, at cluster.Cluster, fo
 			"grant the role pg_read_all_settings")
 	}
 	done, err := wal.Fill(ctx, r, name, f.DataDirectory, func(n pg.WALName) bool {
-		start, err := n.Start(f.SegmentSize)
-		for _, rep := range found {
-			if err != nil || rep.System != f.System || rep.Major != f.Version.Major() {
-				continue
-			}
-			if slices.ContainsFunc(rep.Holes, func(h Hole) bool { return h.Timeline == n.Timeline && h.From <= start && start < h.To }) {
-				return true
-			}
-		}
-		return false
+		return slices.ContainsFunc(found, func(rep Report) bool {
+			return rep.System == f.System && rep.Major == f.Version.Major() &&
+				slices.ContainsFunc(rep.Holes, func(h Hole) bool { return h.has(n, f.SegmentSize) })
+		})
 	})
 	if errors.Is(err, fs.ErrPermission) {
 		err = fail.Hint(fail.With(fail.PGDenied, err), "only the OS user that runs PostgreSQL may read its data directory: run this, or the worker, as that user")

@@ -43,6 +43,15 @@ func (h Hole) String() string {
 	return fmt.Sprintf("%s to %s (%d)", h.First, h.Last, h.Count)
 }
 
+// has reports whether a file is one of those that are missing.
+func (h Hole) has(n pg.WALName, size pg.SegmentSize) bool {
+	if n.Kind != pg.Segment {
+		return n.String() == h.First
+	}
+	start, err := n.Start(size)
+	return err == nil && n.Timeline == h.Timeline && h.From <= start && start < h.To
+}
+
 // Holes finds what is missing: on the way along each timeline from its oldest
 // ancestor, between the first segment that is there and the last; before a fork
 // that a history tells of; between start and stop of each base. What lies before

@@ -152,8 +152,9 @@ type patience struct {
 // after takes note that an attempt ended with err at now. It returns how long to
 // wait for the next one, or false: then there is none, and last says why.
 func (p *patience) after(err error, now time.Time) (wait time.Duration, again bool) {
-	if p.last == nil || !errors.Is(err, context.DeadlineExceeded) {
-		p.last = err // that time ran out says less than what came before
+	_, proved := errors.AsType[*holeError](p.last)
+	if p.last == nil || !errors.Is(err, context.DeadlineExceeded) && !(proved && transient(err)) {
+		p.last = err // that time ran out says less than what came before; and silence does not fill a hole
 	}
 	if _, ok := errors.AsType[*holeError](err); !ok {
 		p.hole = time.Time{}

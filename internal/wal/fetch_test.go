@@ -222,6 +222,38 @@ func TestAStandbyIsToldToAskAgainOnlyWhenTheStoreIsSilent(t *testing.T) {
 	}
 }
 
+// A hole that was proved is told of, whatever becomes of the store while it is
+// waited for: nothing that may pass for the end of the log.
+func TestC4AHoleIsNotForgottenInAnOutage(t *testing.T) {
+	for _, k := range []error{fail.StoreDown, context.DeadlineExceeded, fmt.Errorf("%w: %w", fail.StoreDown, context.DeadlineExceeded)} {
+		synctest.Test(t, func(t *testing.T) {
+			dir := serverDir(t)
+			if err := os.WriteFile(filepath.Join(dir, "standby.signal"), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			a := archived(t, seg+"41", seg+"43")
+			a.fails = func(attempt int) error {
+				if attempt < 3 {
+					return nil
+				}
+				return k
+			}
+			if took, err := fetch(t, a.fetcher(t, dir), seg+"42"); !errors.Is(err, fail.Corrupt) || errors.Is(err, wal.ErrLater) {
+				t.Errorf("%v, after %v: %v", k, took, err)
+			}
+			a.opened, a.fails = 0, func(attempt int) error {
+				if attempt != 1 {
+					return nil
+				}
+				return k
+			}
+			if _, err := fetch(t, a.fetcher(t, dir), seg+"42"); !errors.Is(err, fail.Corrupt) || errors.Is(err, wal.ErrLater) {
+				t.Errorf("%v, and then the hole: %v", k, err)
+			}
+		})
+	}
+}
+
 func TestWhatACrashLeftInPgWalIsRemoved(t *testing.T) {
 	dir := serverDir(t)
 	stale, fresh, other := filepath.Join(dir, "pg_wal", ".pgkeep-tmp-A"), filepath.Join(dir, "pg_wal", ".pgkeep-tmp-B"), filepath.Join(dir, "pg_wal", "xlogtemp.1")

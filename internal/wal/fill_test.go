@@ -67,12 +67,12 @@ func TestFill(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := archiveIn(t, new(store.Mem))
-	done, err := wal.Fill(ctx, r, "main", dir, func(n pg.WALName) bool { return n.String() != names[0] })
+	done, err := wal.Fill(ctx, r, "main", dir, func(n pg.WALName) bool { return n.Kind == pg.Segment && n.String() != names[0] })
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := []string{names[1], names[8], names[9]}; !slices.Equal(done.Segments, want) {
-		t.Errorf("filled %v, want %v", done.Segments, want)
+	if want := []string{names[1], names[8], names[9]}; !slices.Equal(done.Files, want) {
+		t.Errorf("filled %v, want %v", done.Files, want)
 	}
 	var refused []string
 	for _, why := range done.Refused {
@@ -86,7 +86,65 @@ func TestFill(t *testing.T) {
 		t.Fatal(err)
 	}
 	done, err = wal.Fill(ctx, archiveIn(t, new(store.Mem)), "main", dir, func(pg.WALName) bool { return true })
-	if err != nil || len(done.Segments) > 0 || len(done.Refused) > 0 {
+	if err != nil || len(done.Files) > 0 || len(done.Refused) > 0 {
 		t.Errorf("of a timeline that nobody left: %+v, %v", done, err)
+	}
+}
+
+// A history counts if others go on from it, or if it is the server's own: two
+// timelines can have one number.
+func TestFillBringsHistoriesBack(t *testing.T) {
+	const second, third = "00000002.history", "00000003.history"
+	const own, rogue = "1\t0/4A0B0C0\tx\n", "1\t0/4B0B0C0\tx\n"
+	const next = own + "2\t0/4C0B0C0\tx\n"
+	type files map[string]string
+	for what, tt := range map[string]struct {
+		archived files
+		local    files
+		timeline uint32
+		other    bool // another copy of the data directory
+		want     string
+	}{
+		"named in the archive":              {files{third: next}, files{second: own}, 3, true, "filled"},
+		"named in pg_wal":                   {files{seg + "41": ""}, files{second: own, third: next}, 3, true, "filled"},
+		"another's, by the archive":         {files{third: next}, files{second: rogue}, 3, true, "another timeline of that number"},
+		"another's, by pg_wal":              {files{seg + "41": ""}, files{second: rogue, third: next}, 3, true, "another timeline of that number"},
+		"the server's own":                  {files{"00000002000000000000004B": ""}, files{second: own}, 2, false, "filled"},
+		"the number of one that is another": {files{"00000002000000000000004B": ""}, files{second: own}, 2, true, "nothing shows"},
+		"of an older timeline, and alone":   {files{"00000002000000000000004B": ""}, files{second: own}, 4, false, "nothing shows"},
+		"unlike what is archived":           {files{second: rogue, third: next}, files{second: own}, 3, true, "under this name"},
+		"not to be read":                    {files{third: next}, files{second: "x"}, 3, true, "corrupt"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			r := archiveIn(t, new(store.Mem))
+			for name, text := range tt.archived {
+				b := []byte(text)
+				if text == "" {
+					b = content(t, name)
+				}
+				if err := push(t, r, name, b); err != nil {
+					t.Fatal(err)
+				}
+			}
+			dir := serverDir(t)
+			if tt.other {
+				dir = filepath.Join(t.TempDir(), "other")
+				makeServer(t, dir)
+			}
+			control(t, dir, tt.timeline, pg.InProduction)
+			for name, text := range tt.local {
+				if err := os.WriteFile(filepath.Join(dir, "pg_wal", name), []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			done, err := wal.Fill(ctx, r, "main", dir, func(n pg.WALName) bool { return n.String() == second })
+			got := fmt.Sprint(done.Refused, err)
+			if slices.Equal(done.Files, []string{second}) && len(done.Refused) == 0 && err == nil {
+				got = "filled"
+			}
+			if !strings.Contains(got, tt.want) {
+				t.Errorf("%+v, %v; want %q", done, err, tt.want)
+			}
+		})
 	}
 }
