@@ -7,6 +7,8 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+
+	"github.com/pgkeep/pgkeep/internal/human"
 )
 
 // This file is the only place that says how an answer looks.
@@ -56,58 +58,12 @@ func pairs(w io.Writer, all [][2]string) error {
 	return t.Flush()
 }
 
-// count shows a number of things: "1 file", "2 files".
-func count(n int, thing string) string {
-	if n == 1 {
-		return "1 " + thing
-	}
-	return fmt.Sprintf("%d %ss", n, thing)
-}
-
-// size shows bytes: "873 B", "1.2 GiB".
-func size(n int64) string {
-	if n < 1024 {
-		return fmt.Sprintf("%d B", n)
-	}
-	f, unit := float64(n)/1024, 0
-	for f >= 1023.95 && unit < len("KMGTPE")-1 {
-		f, unit = f/1024, unit+1
-	}
-	return fmt.Sprintf("%.1f %ciB", f, "KMGTPE"[unit])
-}
-
-// share shows how much of total is done: "1.2 GiB of 4.0 GiB (30 %)". A total
-// of 0 is not known.
-func share(done, total int64) string {
-	if total <= 0 {
-		return size(done)
-	}
-	return fmt.Sprintf("%s of %s (%d %%)", size(done), size(total), min(100, int64(100*float64(done)/float64(total))))
-}
-
-// span shows a duration in its two largest units: "3m12s", "2d4h".
-func span(d time.Duration) string {
-	d = d.Round(time.Second)
-	switch {
-	case d < 0:
-		return "0s"
-	case d < time.Minute:
-		return fmt.Sprintf("%ds", int(d.Seconds()))
-	case d < time.Hour:
-		return fmt.Sprintf("%dm%02ds", int(d.Minutes()), int(d.Seconds())%60)
-	case d < 24*time.Hour:
-		return fmt.Sprintf("%dh%02dm", int(d.Hours()), int(d.Minutes())%60)
-	}
-	return fmt.Sprintf("%dd%dh", int(d.Hours())/24, int(d.Hours())%24)
-}
-
-// moment shows a time in UTC, or "" for none.
-func moment(t time.Time) string {
-	if t.IsZero() {
-		return ""
-	}
-	return t.UTC().Format("2006-01-02 15:04:05Z")
-}
+// Numbers as people read them.
+func count(n int, thing string) string { return human.Count(n, thing) }
+func size(n int64) string              { return human.Size(n) }
+func share(done, total int64) string   { return human.Share(done, total) }
+func span(d time.Duration) string      { return human.Span(d) }
+func moment(t time.Time) string        { return human.Moment(t) }
 
 // jsonTime is a time in UTC that is null if there is none.
 func jsonTime(t time.Time) *time.Time {
