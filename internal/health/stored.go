@@ -1,0 +1,157 @@
+// Package health finds out how well a cluster is backed up.
+package health
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/pgkeep/pgkeep/internal/audit"
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/proof"
+	"github.com/pgkeep/pgkeep/internal/repo"
+)
+
+// Stored is what a repository holds of one cluster.
+type Stored struct {
+	Cluster  string
+	Backups  []Backup       // oldest first, also those not finished
+	Archives []audit.Report // of its write-ahead log, one for each system and major version
+}
+
+// A Backup is a backup with the restore tests made of it.
+type Backup struct {
+	repo.Listed
+	Tests []Test // oldest first
+}
+
+// A Test is a restore test.
+type Test struct {
+	repo.ListedProof
+	Report proof.Report // zero if Err is not nil
+}
+
+// Look reads what the repository holds of a cluster. It takes no key that opens
+// data. now is when it begins.
+func Look(ctx context.Context, r *repo.Repo, cluster string, now time.Time) (Stored, error) {
+	s := Stored{Cluster: cluster}
+	all, err := r.Backups(ctx, cluster)
+	if err != nil {
+		return s, err
+	}
+	s.Backups = make([]Backup, len(all))
+	group, asking := errgroup.WithContext(ctx)
+	group.SetLimit(8)
+	for i, b := range all {
+		s.Backups[i].Listed = b
+		group.Go(func() (err error) {
+			s.Backups[i].Tests, err = tests(asking, r, b.Ref)
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return s, err
+	}
+	s.Archives, err = audit.Take(ctx, r, cluster, nil, now)
+	return s, err
+}
+
+func tests(ctx context.Context, r *repo.Repo, b repo.Ref) ([]Test, error) {
+	all, err := r.Proofs(ctx, b)
+	var tests []Test
+	for _, p := range all {
+		t := Test{ListedProof: p}
+		if t.Err == nil {
+			if err := json.Unmarshal(p.Report, &t.Report); err != nil {
+				t.Err = fmt.Errorf("restore test %s of %s: %w: %w", p.Test, b.ID, err, fail.Corrupt)
+			}
+		}
+		tests = append(tests, t)
+	}
+	return tests, err
+}
+
+// Usable reports whether b was finished, and its manifest can be believed.
+func (b Backup) Usable() bool { return b.Err == nil && !b.Unfinished }
+
+// Tested is the newest restore test of b that can be believed; what it found
+// holds. It is false if there is none: the backup is unproven.
+func (b Backup) Tested() (Test, bool) {
+	for _, t := range slices.Backward(b.Tests) {
+		if t.Err == nil {
+			return t, true
+		}
+	}
+	return Test{}, false
+}
+
+// Newest is the usable backup that was finished last, of one of these kinds;
+// none means any. It is false if there is none.
+func (s Stored) Newest(kinds ...repo.Kind) (newest Backup, ok bool) {
+	for _, b := range s.Backups {
+		if b.Usable() && (len(kinds) == 0 || slices.Contains(kinds, b.Kind)) && !b.FinishedAt.Before(newest.FinishedAt) {
+			newest, ok = b, true
+		}
+	}
+	return newest, ok
+}
+
+// Proven is when a restore test last passed, and of which backup; false if none
+// did.
+func (s Stored) Proven() (last Test, ok bool) {
+	for _, b := range s.Backups {
+		for _, t := range b.Tests {
+			if t.Err == nil && t.Passed && t.FinishedAt.After(last.FinishedAt) {
+				last, ok = t, true
+			}
+		}
+	}
+	return last, ok
+}
+
+// Moments are those from From to To, both by clocks of the cluster's side: From
+// by the server's, To by the store's.
+type Moments struct{ From, To time.Time }
+
+// Window is to which moments an archive leads, from physical backups: ascending,
+// and none touches the next. Between two of them, what was archived leads
+// nowhere: segments are missing.
+func (s Stored) Window(a audit.Report) []Moments {
+	var all []Moments
+	for _, w := range a.Windows {
+		i := slices.IndexFunc(s.Backups, func(b Backup) bool { return string(b.ID) == w.Base.ID })
+		if i < 0 {
+			continue // taken since
+		}
+		m := Moments{s.Backups[i].Physical.StoppedAt, w.Archived}
+		if m.To.Before(m.From) { // it is not known when the last segment came, or clocks differ
+			m.To = m.From
+		}
+		all = append(all, m)
+	}
+	slices.SortFunc(all, func(a, b Moments) int { return cmp.Or(a.From.Compare(b.From), a.To.Compare(b.To)) })
+	var merged []Moments
+	for _, m := range all {
+		if n := len(merged); n > 0 && !m.From.After(merged[n-1].To) {
+			if m.To.After(merged[n-1].To) {
+				merged[n-1].To = m.To
+			}
+			continue
+		}
+		merged = append(merged, m)
+	}
+	return merged
+}
+
+// Holes are all that are known.
+func (s Stored) Holes() (holes []audit.Hole) {
+	for _, a := range s.Archives {
+		holes = append(holes, a.Holes...)
+	}
+	return holes
+}
