@@ -38,7 +38,7 @@ func run(ctx context.Context, args []string, in io.Reader, out, errw io.Writer) 
 		return 0
 	}
 	err = classify(ctx, err)
-	report(errw, err)
+	complain(errw, err)
 	return fail.KindOf(err).ExitStatus()
 }
 
@@ -56,9 +56,9 @@ func classify(ctx context.Context, err error) error {
 	return temporalError(err)
 }
 
-// report is the only place that prints an error: each of its lines, then the
+// complain is the only place that prints an error: each of its lines, then the
 // advice.
-func report(w io.Writer, err error) {
+func complain(w io.Writer, err error) {
 	for line := range strings.Lines(err.Error()) {
 		fmt.Fprintf(w, "pgkeep: error: %s\n", strings.TrimRight(line, "\n"))
 	}
@@ -96,6 +96,7 @@ func newApp(in io.Reader, out, errw io.Writer) *cli.App {
 			restoreCommand(e),
 			walCommand(e),
 			windowsCommand(e),
+			reportCommand(e),
 			deleteCommand(e),
 			psCommand(e),
 			cancelCommand(e),
