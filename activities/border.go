@@ -4,6 +4,7 @@
 package activities
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -40,7 +41,7 @@ func watched(ctx context.Context, stage string, grace, quiet time.Duration, work
 	var last atomic.Pointer[Progress]
 	var at atomic.Int64 // of the last move, as Unix time in nanoseconds
 	note := func(p Progress) {
-		p.Stage = stage
+		p.Stage = cmp.Or(p.Stage, stage)
 		last.Store(&p)
 		at.Store(time.Now().UnixNano())
 	}

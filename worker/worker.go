@@ -20,6 +20,7 @@ import (
 	"github.com/pgkeep/pgkeep/activities"
 	"github.com/pgkeep/pgkeep/internal/audit"
 	"github.com/pgkeep/pgkeep/internal/backup"
+	"github.com/pgkeep/pgkeep/internal/proof"
 	"github.com/pgkeep/pgkeep/internal/restore"
 	"github.com/pgkeep/pgkeep/internal/store"
 	"github.com/pgkeep/pgkeep/workflows"
@@ -35,6 +36,7 @@ type Options struct {
 	Physical  []*backup.Physical                                                         // likewise
 	Audits    []*audit.Auditor                                                           // likewise
 	Restore   func(context.Context, activities.RestoreRequest) (restore.Physical, error) // prepares a restore on this host; nil: none is served
+	Tests     *proof.Tester                                                              // of backups, on this host; nil: none are made
 	Store     store.Store                                                                // of the repository; nil: leftovers there are not looked for
 	Log       *slog.Logger
 
@@ -84,6 +86,9 @@ func Run(ctx context.Context, opt Options) error {
 	if opt.Restore != nil {
 		local.RegisterActivityWithOptions(&activities.Restorer{Prepare: opt.Restore, Grace: opt.Grace}, activity.RegisterOptions{})
 	}
+	if opt.Tests != nil {
+		local.RegisterActivityWithOptions(&activities.Tester{Tests: opt.Tests, Grace: opt.Grace}, activity.RegisterOptions{})
+	}
 	archives := &activities.WAL{Auditors: make(map[string]*audit.Auditor)}
 	for _, a := range opt.Audits {
 		archives.Auditors[a.Name] = a
@@ -123,14 +128,19 @@ func stopAll(workers []sdk.Worker) {
 // abandoned. Nothing of pgkeep takes nearly as long for one object.
 const staleUpload = 48 * time.Hour
 
-// tidy removes, at once and then now and then, what backups left in the spool
-// whose workflows are gone: a terminated one runs no code that would. And it
+// tidy removes, at once and then now and then, what backups left in the spool and
+// restore tests in their directory, whose workflows are gone: a terminated one runs no code that would. And it
 // aborts what is left of uploads in the store, where it costs and nobody sees it.
 func tidy(ctx context.Context, opt Options) {
 	for tick := time.NewTicker(opt.Tidy); ; {
 		for _, l := range opt.Logical {
 			if err := tidyOne(ctx, opt, l); err != nil && ctx.Err() == nil {
 				opt.Log.Warn("spool not looked after", "cluster", l.Name, "error", err)
+			}
+		}
+		if opt.Tests != nil {
+			if err := tidyTests(ctx, opt); err != nil && ctx.Err() == nil {
+				opt.Log.Warn("restore tests not looked after", "error", err)
 			}
 		}
 		if sweeper, ok := opt.Store.(store.Sweeper); ok {
@@ -168,6 +178,20 @@ func tidyOne(ctx context.Context, opt Options, l *backup.Logical) error {
 		opt.Log.Info("spool of a backup that is gone removed", "cluster", l.Name, "id", id)
 	}
 	return nil
+}
+
+// tidyTests removes what is left of tests whose workflows are gone.
+func tidyTests(ctx context.Context, opt Options) error {
+	var failed error
+	removed, err := opt.Tests.Collect(ctx, func(s proof.Subject) bool {
+		open, err := isOpen(ctx, opt, s.Owner)
+		failed = errors.Join(failed, err)
+		return !open
+	})
+	for _, test := range removed {
+		opt.Log.Info("sandbox of a restore test that is gone removed", "test", test)
+	}
+	return errors.Join(failed, err)
 }
 
 // isOpen reports whether a workflow run is still running, or the run that it was

@@ -18,6 +18,7 @@ const (
 	PhysicalBackupName = "pgkeep.PhysicalBackup"
 	RestoreName        = "pgkeep.Restore"
 	WALAuditName       = "pgkeep.WALAudit"
+	RestoreTestName    = "pgkeep.RestoreTest"
 )
 
 // TypePrefix begins the name of every workflow type of pgkeep.
@@ -32,6 +33,9 @@ const (
 // KindWALAudit is the kind of a schedule that audits the archive of WAL.
 const KindWALAudit = "wal-audit"
 
+// KindRestoreTest is the kind of a schedule, and of a run, that tests a backup.
+const KindRestoreTest = "restore-test"
+
 // BackupWorkflowID is the one workflow id under which backups of that kind of
 // that cluster run. Temporal runs at most one workflow of an id at a time: this
 // is what keeps two backups of one cluster apart.
@@ -40,6 +44,10 @@ func BackupWorkflowID(cluster, kind string) string { return "pgkeep/" + cluster 
 // RestoreWorkflowID is the one workflow id under which a directory of a host is
 // restored.
 func RestoreWorkflowID(host, dir string) string { return "pgkeep/restore/" + host + dir }
+
+// RestoreTestWorkflowID is the one workflow id under which backups of a cluster
+// are tested by hand, and by a schedule: one at a time.
+func RestoreTestWorkflowID(cluster string) string { return BackupWorkflowID(cluster, KindRestoreTest) }
 
 // ScheduledRequest is what a schedule hands to the workflow it starts.
 type ScheduledRequest struct {

@@ -80,6 +80,14 @@ func dump(host, summary string) workflow.ActivityOptions {
 	return opt
 }
 
+// testing is long for the steps of a restore test. One that fails again and again
+// ends the test, and not the backup: the next test comes soon.
+func testing(host, summary string) workflow.ActivityOptions {
+	opt := long(host, summary)
+	opt.RetryPolicy.MaximumAttempts = 10
+	return opt
+}
+
 // cleanup is for what must be tried at the end, however it came, and must not
 // keep a workflow open on behalf of a host that never comes back.
 func cleanup(host, summary string) workflow.ActivityOptions {

@@ -14,4 +14,5 @@ func Register(r Registry) {
 	r.RegisterWorkflowWithOptions(PhysicalBackup, workflow.RegisterOptions{Name: PhysicalBackupName})
 	r.RegisterWorkflowWithOptions(Restore, workflow.RegisterOptions{Name: RestoreName})
 	r.RegisterWorkflowWithOptions(WALAudit, workflow.RegisterOptions{Name: WALAuditName})
+	r.RegisterWorkflowWithOptions(RestoreTest, workflow.RegisterOptions{Name: RestoreTestName})
 }

@@ -11,9 +11,10 @@ import (
 
 	"github.com/pgkeep/pgkeep/activities"
 	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/proof"
 )
 
-// Scheduled runs one backup as a child of a fixed id, the same under which
+// Scheduled runs one backup, or one restore test, as a child of a fixed id, the same under which
 // pgkeep backup starts one by hand: so at most one runs for a cluster and kind,
 // wherever it was started. A schedule gives each of its runs an id of its own,
 // which would keep nothing apart.
@@ -26,6 +27,8 @@ func Scheduled(ctx workflow.Context, req ScheduledRequest) (res converter.RawVal
 		name, request = LogicalBackupName, LogicalBackupRequest{Cluster: req.Cluster, Host: req.Host}
 	case Physical:
 		name, request = PhysicalBackupName, PhysicalBackupRequest{Cluster: req.Cluster, Host: req.Host}
+	case KindRestoreTest:
+		name, request = RestoreTestName, RestoreTestRequest{Host: req.Host, Request: proof.Request{Cluster: req.Cluster}}
 	default:
 		return res, temporal.NewNonRetryableApplicationError(fmt.Sprintf("this pgkeep knows no backup of kind %q", req.Kind), string(fail.BadConfig), nil)
 	}
@@ -37,16 +40,24 @@ func Scheduled(ctx workflow.Context, req ScheduledRequest) (res converter.RawVal
 		ParentClosePolicy:     enumspb.PARENT_CLOSE_POLICY_REQUEST_CANCEL,
 		WorkflowIDReusePolicy: enumspb.WORKFLOW_ID_REUSE_POLICY_ALLOW_DUPLICATE,
 		TypedSearchAttributes: inherited(workflow.GetTypedSearchAttributes(ctx)),
-		StaticSummary:         req.Kind + " backup of " + req.Cluster + ", scheduled",
+		StaticSummary:         what(req.Kind) + " of " + req.Cluster + ", scheduled",
 	}
 	err = workflow.ExecuteChildWorkflow(workflow.WithChildOptions(ctx, opt), name, request).Get(ctx, &res)
 	var running *temporal.ChildWorkflowExecutionAlreadyStartedError
 	if errors.As(err, &running) {
 		return res, temporal.NewNonRetryableApplicationError(
-			fmt.Sprintf("a %s backup of %s is running already, as workflow %s: this one was not taken", req.Kind, req.Cluster, opt.WorkflowID),
+			fmt.Sprintf("a %s of %s is running already, as workflow %s: this one was not started", what(req.Kind), req.Cluster, opt.WorkflowID),
 			string(fail.AlreadyRunning), nil, activities.Advice{Hint: fail.HintOf(fail.AlreadyRunning)})
 	}
 	return res, err
+}
+
+// what is the name of a run of a kind.
+func what(kind string) string {
+	if kind == KindRestoreTest {
+		return "restore test"
+	}
+	return kind + " backup"
 }
 
 // inherited are the search attributes that a run passes on to its child.

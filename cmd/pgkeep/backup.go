@@ -120,9 +120,8 @@ func kindOf(opt backupOptions, c config.Cluster) (string, error) {
 			kind = workflows.Physical
 		}
 	}
-	var known config.Kind
-	if err := known.UnmarshalText([]byte(kind)); err != nil {
-		return "", config.Errorf("--kind %s: %w", kind, err)
+	if kind != workflows.Physical && kind != workflows.Logical {
+		return "", config.Errorf("--kind %s: want %q or %q", kind, workflows.Physical, workflows.Logical)
 	}
 	if kind == workflows.Physical && len(opt.Databases) > 0 {
 		return "", fail.Hint(config.Errorf("a physical backup is of all databases"), "--kind logical dumps single ones")

@@ -94,6 +94,7 @@ func newApp(in io.Reader, out, errw io.Writer) *cli.App {
 			showCommand(e),
 			verifyCommand(e),
 			restoreCommand(e),
+			restoreTestCommand(e),
 			walCommand(e),
 			windowsCommand(e),
 			reportCommand(e),

@@ -29,15 +29,7 @@ import (
 
 // dirFlags say where to, and to which moment.
 func dirFlags() []cli.Flag {
-	return []cli.Flag{
-		&cli.StringFlag{Name: "target-dir", Usage: "make the data directory `DIR` of a physical backup"},
-		&cli.StringFlag{Name: "to-time", Usage: "as of `TIME`, with its zone: '2026-11-22 10:00:00+01', '… Europe/Berlin'"},
-		&cli.StringFlag{Name: "to-lsn", Usage: "up to position `LSN` of the log"},
-		&cli.StringFlag{Name: "to-xid", Usage: "up to the end of transaction `XID`"},
-		&cli.StringFlag{Name: "to-name", Usage: "up to the restore point `NAME`"},
-		boolFlag("immediate", "as of the end of the backup"),
-		boolFlag("exclusive", "stop just before that time, position or transaction"),
-		&cli.StringFlag{Name: "timeline", Usage: "along timeline `TIMELINE`: latest, current or a number", Value: "latest"},
+	return slices.Concat([]cli.Flag{&cli.StringFlag{Name: "target-dir", Usage: "make the data directory `DIR` of a physical backup"}}, momentFlags(), []cli.Flag{
 		&cli.StringFlag{Name: "target-action", Usage: "then `DO` this: pause, promote or shutdown", Value: "pause"},
 		boolFlag("standby", "go on following the archive, as a standby"),
 		&cli.StringSliceFlag{Name: "tablespace-map", Usage: "put a tablespace elsewhere: `OID=DIR` or OLD=DIR; may be repeated"},
@@ -46,6 +38,19 @@ func dirFlags() []cli.Flag {
 		&cli.StringFlag{Name: "owner", Usage: "give the files to `USER[:GROUP]`; else to the owner of DIR, or of where it is"},
 		&cli.StringFlag{Name: "host", Usage: "let the worker of `HOST` do it, there"},
 		boolFlag("takeover", "it takes the place of its source: keep archiving and replication as they were"),
+	})
+}
+
+// momentFlags say to which moment.
+func momentFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "to-time", Usage: "as of `TIME`, with its zone: '2026-11-22 10:00:00+01', '… Europe/Berlin'"},
+		&cli.StringFlag{Name: "to-lsn", Usage: "up to position `LSN` of the log"},
+		&cli.StringFlag{Name: "to-xid", Usage: "up to the end of transaction `XID`"},
+		&cli.StringFlag{Name: "to-name", Usage: "up to the restore point `NAME`"},
+		boolFlag("immediate", "as of the end of the backup"),
+		boolFlag("exclusive", "stop just before that time, position or transaction"),
+		&cli.StringFlag{Name: "timeline", Usage: "along timeline `TIMELINE`: latest, current or a number", Value: "latest"},
 	}
 }
 
@@ -186,9 +191,15 @@ func (e *env) which(ctx context.Context, opt dirOptions) (cfg *config.Config, r 
 }
 
 // prepareRestore says what a request means on this host.
-func prepareRestore(cfg *config.Config, r *repo.Repo, q activities.RestoreRequest) (p restore.Physical, err error) {
-	p = restore.Physical{Repo: r, Cluster: q.Cluster, Backup: q.Backup, Target: q.Target, Action: q.Action, Standby: q.Standby, Dir: q.Dir,
-		Tablespaces: q.Tablespaces, ConfigDir: q.ConfigDir, Delta: q.Delta, Owner: q.Owner, Takeover: q.Takeover}
+func prepareRestore(cfg *config.Config, r *repo.Repo, q activities.RestoreRequest) (restore.Physical, error) {
+	p, err := serverNeeds(cfg, q.Cluster)
+	p.Repo, p.Cluster, p.Backup, p.Target, p.Action, p.Standby, p.Dir = r, q.Cluster, q.Backup, q.Target, q.Action, q.Standby, q.Dir
+	p.Tablespaces, p.ConfigDir, p.Delta, p.Owner, p.Takeover = q.Tablespaces, q.ConfigDir, q.Delta, q.Owner, q.Takeover
+	return p, err
+}
+
+// serverNeeds says with what a server on this host gets the log of a cluster.
+func serverNeeds(cfg *config.Config, cluster string) (p restore.Physical, err error) {
 	for _, file := range []string{cfg.File(), string(cfg.Keys.SigningKey), string(cfg.Keys.MetadataIdentity), string(cfg.Keys.Identity),
 		string(cfg.Repository.CAFile), string(cfg.Repository.SecretAccessKeyFile)} {
 		if abs, err := filepath.Abs(file); err == nil && file != "" {
@@ -197,7 +208,7 @@ func prepareRestore(cfg *config.Config, r *repo.Repo, q activities.RestoreReques
 			}
 		}
 	}
-	p.Fetch, err = fetchCommand(cfg, q.Cluster)
+	p.Fetch, err = fetchCommand(cfg, cluster)
 	return p, err
 }
 

@@ -83,7 +83,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 	}
 	defer s.Close()
 	return worker.Run(ctx, worker.Options{Client: s.Client, Namespace: s.namespace, Host: string(cfg.Host), Logical: logical, Physical: physical, Audits: audits,
-		Store: st, Log: log, Grace: grace, Restore: func(ctx context.Context, q activities.RestoreRequest) (restore.Physical, error) {
+		Store: st, Log: log, Grace: grace, Tests: testerOf(cfg, st, access, log), Restore: func(ctx context.Context, q activities.RestoreRequest) (restore.Physical, error) {
 			r, err := repo.Open(ctx, st, access)
 			if err != nil {
 				return restore.Physical{}, err

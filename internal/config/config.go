@@ -29,6 +29,8 @@ type Config struct {
 	Spool Path `yaml:"spool" default:"/var/lib/pgkeep/spool"`
 	// The directories below which `pgkeep restore --host` may have data directories made on this host. If none is given, it may nowhere: whoever starts workflows does not choose where this host writes.
 	RestoreDirs []Path `yaml:"restore_dirs"`
+	// How backups are tested on this host, by restoring them: `pgkeep restore-test`, and schedules of that kind.
+	RestoreTest RestoreTest `yaml:"restore_test"`
 	// What pgkeep says while it works, on standard error.
 	Log Log `yaml:"log"`
 	// The PostgreSQL clusters to back up, by name. The name stands in object keys and workflow ids: lower-case letters, digits, `_` and `-`, at most 63 bytes.
@@ -87,6 +89,47 @@ type Temporal struct {
 	Profile string `yaml:"profile"`
 	// The Temporal Web UI, for the links that pgkeep prints. If not set, port 8233 of a server on this host, or Temporal Cloud's for a server there.
 	UIURL WebURL `yaml:"ui_url"`
+}
+
+// RestoreTest says how backups are tested on a host. What is asserted never
+// leaves the host.
+type RestoreTest struct {
+	// The directory in which sandboxes are made, on a file system with room for the largest cluster. Its path must be short: a socket stands below it.
+	Directory Path `yaml:"directory" default:"/var/lib/pgkeep/restore-test"`
+	// The directory of the server's programs. If not set, where Debian's and the PGDG's packages put those of the major version of the backup.
+	BinDir Path `yaml:"bin_dir"`
+	// The user that the server in a sandbox runs as, if pgkeep is root: best one who owns nothing else, and may read this configuration and its keys. If pgkeep is not root, the server runs as pgkeep does.
+	User string `yaml:"user" default:"postgres"`
+	// How much memory the server may take, as `1GB`: a quarter is shared buffers, and none of its processes may have more of its own than all of it.
+	Memory Bytes `yaml:"memory" default:"1GB"`
+	// Libraries to load into the server that are no part of PostgreSQL, because data cannot be replayed or read without them. Nothing else is preloaded.
+	Preload []string `yaml:"preload"`
+	// Which backup is tested if nobody names one: the `newest`, a `random` one, the `oldest-unproven`, or a `random-moment` of all that can be recovered.
+	Policy TestPolicy `yaml:"policy" default:"newest"`
+	// How long a test may take in all. 0s: as long as it needs.
+	Limit time.Duration `yaml:"limit" default:"12h"`
+	// How long a test that passed counts: a backup without one since is shown as `unproven`. 0s: for ever.
+	Within time.Duration `yaml:"within" default:"7d"`
+	// How many tables and indexes are checked at once.
+	Jobs int `yaml:"jobs" default:"2"`
+	// Queries with the answers that they must have in the restored cluster. They run as a role that may read everything and change nothing.
+	Assertions []Assertion `yaml:"assertions"`
+}
+
+// Assertion is a query with the answer that it must have.
+type Assertion struct {
+	// What is asserted, for people.
+	Name string `yaml:"name" required:"true"`
+	// Only of this cluster. If not set, of every cluster that is tested here.
+	Cluster Name `yaml:"cluster"`
+	// The database to ask.
+	Database string `yaml:"database" required:"true"`
+	// One statement.
+	Query string `yaml:"query" required:"true"`
+	// The answer: a line for each row, values as PostgreSQL writes them, with a vertical bar and a blank on each of its sides between them; NULL is `\N`. If not set, one row of one value, `t`.
+	Want Rows `yaml:"want"`
+	// How long the query may take.
+	Timeout time.Duration `yaml:"timeout" default:"1m"`
 }
 
 // Log says how much to log, and how it looks.
@@ -162,7 +205,7 @@ type Physical struct {
 type Schedule struct {
 	// One of `clusters`.
 	Cluster Name `yaml:"cluster" required:"true"`
-	// What to start: a `physical` or a `logical` backup; or `wal-audit`, which looks for holes in the archive of the write-ahead log, fills those it can, and fails if one is left or archiving has stopped.
+	// What to start: a `physical` or a `logical` backup; `wal-audit`, which looks for holes in the archive of the write-ahead log, fills those it can, and fails if one is left or archiving has stopped; or `restore-test`, which restores a backup into a sandbox and fails if it is not what it should be.
 	Kind Kind `yaml:"kind" default:"logical"`
 	// When to start, as five fields: minute, hour, day of month, month, day of week. If both days are restricted, both must match. Or `@hourly`, `@daily`, `@weekly`, `@monthly`, `@every 6h`.
 	Cron Cron `yaml:"cron" required:"true"`
@@ -276,6 +319,14 @@ func (c *Config) check(problem func(path, format string, args ...any)) {
 		}
 		if readers := c.Clusters[name].Physical.Readers; readers < 0 {
 			problem(fmt.Sprintf("clusters.%s.physical.readers", name), "readers is %d, and must not be negative", readers)
+		}
+	}
+	if n := c.RestoreTest.Jobs; n < 1 {
+		problem("restore_test.jobs", "jobs is %d, and must be 1 at least", n)
+	}
+	for i, a := range c.RestoreTest.Assertions {
+		if a.Timeout == 0 {
+			problem(fmt.Sprintf("restore_test.assertions[%d].timeout", i), "timeout is 0s, and must be more")
 		}
 	}
 	r := c.Repository

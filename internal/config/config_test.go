@@ -33,6 +33,15 @@ temporal:
   namespace: backups
   ui_url: https://temporal.example
 spool: /srv/spool
+restore_test:
+  directory: /srv/tests
+  memory: 2GB
+  policy: random
+  assertions:
+    - {name: orders, database: shop, query: SELECT count(*) FROM orders, want: "6000 | \\N", cluster: main}
+    - name: fresh
+      database: shop
+      query: SELECT max(day) FROM orders
 log: {level: debug, format: json}
 clusters:
   main:
@@ -86,7 +95,12 @@ func TestEveryKindOfValueIsRead(t *testing.T) {
 		Temporal: config.Temporal{Address: "temporal.example:7233", Namespace: "backups", UIURL: "https://temporal.example"},
 		Host:     "db1",
 		Spool:    "/srv/spool",
-		Log:      config.Log{Level: config.LogDebug, Format: config.LogJSON},
+		RestoreTest: config.RestoreTest{Directory: "/srv/tests", User: "postgres", Memory: 2 << 30, Policy: "random", Limit: 12 * time.Hour, Within: 7 * 24 * time.Hour, Jobs: 2,
+			Assertions: []config.Assertion{
+				{Name: "orders", Cluster: "main", Database: "shop", Query: "SELECT count(*) FROM orders", Want: config.Rows{{"6000", `\N`}}, Timeout: time.Minute},
+				{Name: "fresh", Database: "shop", Query: "SELECT max(day) FROM orders", Timeout: time.Minute},
+			}},
+		Log: config.Log{Level: config.LogDebug, Format: config.LogJSON},
 		Clusters: map[config.Name]config.Cluster{
 			"main":  {Conninfo: "host=/run/postgresql user=backup", Host: "db1", Logical: big, Physical: gentle, WAL: archive},
 			"other": {Conninfo: "postgresql://backup@db2/postgres", Host: "db2", Logical: logical, Physical: physical, WAL: archive},
@@ -303,6 +317,14 @@ keys:
     - age1x # pgkeep.yaml:4
 host: db7 # pgkeep.yaml:2
 spool: /var/lib/pgkeep/spool # default
+restore_test:
+  directory: /var/lib/pgkeep/restore-test # default
+  user: postgres # default
+  memory: 1GB # default
+  policy: newest # default
+  limit: 12h # default
+  within: 168h # default
+  jobs: 2 # default
 log:
   level: info # default
   format: text # default

@@ -233,7 +233,8 @@ func (p *PathStyle) UnmarshalText(b []byte) error {
 	return oneOf(p, b, PathStyleAuto, PathStyleAlways, PathStyleNever)
 }
 
-// A Kind is what a schedule starts: a kind of backup, or an audit of the archive.
+// A Kind is what a schedule starts: a kind of backup, an audit of the archive, or
+// a test.
 type Kind string
 
 // The kinds there are: made with pg_dump, or from the files of the cluster.
@@ -241,10 +242,40 @@ const (
 	KindLogical  Kind = "logical"
 	KindPhysical Kind = "physical"
 	KindWALAudit Kind = "wal-audit" // is the archive of the write-ahead log whole?
+	// KindRestoreTest restores a backup, and looks whether it is what it should be.
+	KindRestoreTest Kind = "restore-test"
 )
 
 func (k *Kind) UnmarshalText(b []byte) error {
-	return oneOf(k, b, KindLogical, KindPhysical, KindWALAudit)
+	return oneOf(k, b, KindLogical, KindPhysical, KindWALAudit, KindRestoreTest)
+}
+
+// A TestPolicy says which backup is tested, as package proof has it.
+type TestPolicy string
+
+func (p *TestPolicy) UnmarshalText(b []byte) error {
+	return oneOf(p, b, "newest", "random", "oldest-unproven", "random-moment")
+}
+
+// Rows are the answer to a query: a line for each row, " | " between values. nil
+// is not the answer of no row, which is the empty text: it is none.
+type Rows [][]string
+
+func (r *Rows) UnmarshalText(b []byte) error {
+	*r = Rows{}
+	for line := range strings.Lines(string(b)) {
+		*r = append(*r, strings.Split(strings.TrimRight(line, "\r\n"), " | "))
+	}
+	return nil
+}
+
+// MarshalText writes r as UnmarshalText reads it.
+func (r Rows) MarshalText() ([]byte, error) {
+	var lines []string
+	for _, row := range r {
+		lines = append(lines, strings.Join(row, " | "))
+	}
+	return []byte(strings.Join(lines, "\n")), nil
 }
 
 // Bytes is an amount of data, as 64kB, 100MB or 2GB, in powers of 1024 as

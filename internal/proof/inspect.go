@@ -31,7 +31,6 @@ func (t Test) inspect(ctx context.Context, r *Report) {
 		return
 	}
 	for _, db := range databases {
-		t.tell("checking database %s", db)
 		in.database(ctx, db)
 	}
 	in.compareRows()
@@ -252,6 +251,7 @@ func (w *worker) close(ctx context.Context) {
 }
 
 func (w *worker) check(ctx context.Context, r relation) {
+	w.tell("checking tables and indexes")
 	if w.conn == nil || w.conn.IsClosed() { // a damaged page may have killed the session, and all others
 		var err error
 		if w.conn, err = w.reconnect(ctx); err != nil {

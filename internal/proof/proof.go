@@ -49,6 +49,7 @@ type Test struct {
 
 // Names of checks.
 const (
+	CheckFiles       = "files"       // they came out of the repository; there only if they did not
 	CheckTablespaces = "tablespaces" // they are there, and within the sandbox
 	CheckManifest    = "manifest"    // files are those of backup_manifest
 	CheckReplay      = "replay"      // the log was replayed, and PostgreSQL opened it
@@ -80,21 +81,29 @@ func (t Test) Run(ctx context.Context) (Report, error) {
 	if limited.Err() != nil && ctx.Err() == nil {
 		r.Checks = append(r.Checks, failed(CheckTime, fail.With(fail.Stalled, fmt.Errorf("not done within %v", t.Limit))))
 	}
-	r.Isolation = t.Sandbox.Isolation()
 	r.Finished = time.Now().UTC()
 	r.judge()
 	return r, ctx.Err()
 }
 
 func (t Test) run(ctx context.Context, r *Report) {
+	t.begin(r)
+	open := t.Recovery == nil || t.replay(ctx, r) && t.open(ctx, r)
+	t.look(ctx, r, open)
+}
+
+// begin notes how the files came, and what is asked for.
+func (t Test) begin(r *Report) {
+	if t.Recovery != nil {
+		r.Target = t.Recovery.Target
+	}
 	if t.Fetched > 0 {
 		r.Phases = append(r.Phases, Phase{Name: Fetch, Seconds: t.Fetched.Seconds(), Bytes: t.Bytes})
 	}
-	open := true
-	if t.Recovery != nil {
-		r.Target = t.Recovery.Target
-		open = t.restore(ctx, r)
-	}
+}
+
+// look checks what is in the cluster, if it is open, and closes it.
+func (t Test) look(ctx context.Context, r *Report, open bool) {
 	if v, err := t.Sandbox.Version(ctx); err == nil {
 		r.Version = v
 	}
@@ -106,6 +115,7 @@ func (t Test) run(ctx context.Context, r *Report) {
 	if err := t.Sandbox.Close(ctx); err != nil && open && ctx.Err() == nil {
 		r.Checks = append(r.Checks, failed(CheckOpen, err))
 	}
+	r.Isolation = t.Sandbox.Isolation()
 }
 
 func (t Test) wants(check string) bool { return !slices.Contains(t.Skip, check) }
@@ -125,15 +135,17 @@ func failed(name string, err error) Check {
 // troubles returns the kind of an error that says nothing about the backup.
 func troubles(err error) fail.Kind {
 	switch k := fail.KindOf(err); k {
-	case fail.NoSpace, fail.Stalled, fail.PGVersion, fail.BadConfig:
+	case fail.Unknown, fail.Corrupt, fail.Untrusted, fail.Unsupported, fail.Unreachable, fail.WALHole, fail.NoBackup, fail.WrongSystem,
+		fail.RestoreFailed, fail.ProofFailed, fail.PageDamage:
+		return fail.Unknown
+	default:
 		return k
 	}
-	return fail.Unknown
 }
 
-// restore brings the files to the target and opens them. It reports whether
-// they are open.
-func (t Test) restore(ctx context.Context, r *Report) bool {
+// replay brings the files to the target. It reports whether that is where they
+// are.
+func (t Test) replay(ctx context.Context, r *Report) bool {
 	begun := time.Now()
 	check := Check{Name: CheckTablespaces, Verdict: Passed, Items: 1}
 	if err := t.Sandbox.Confine(); err != nil {
@@ -176,17 +188,22 @@ func (t Test) restore(ctx context.Context, r *Report) bool {
 	r.Checks = append(r.Checks,
 		Check{Name: CheckReplay, Verdict: Passed, Items: int64(done.Segments), Seconds: done.Took.Seconds()},
 		t.checkTarget(done), t.checkSystem(done.Control))
+	return true
+}
 
+// open opens what replay brought to the target, every page of it compared. It
+// reports whether it is open.
+func (t Test) open(ctx context.Context, r *Report) bool {
 	if t.wants(CheckChecksums) {
-		begun = time.Now()
+		begun := time.Now()
 		t.tell("checking the checksum of every page")
-		r.Checks = append(r.Checks, t.checkChecksums(ctx, done.Control))
+		r.Checks = append(r.Checks, t.checkChecksums(ctx))
 		r.phase(Checksums, begun, t.Bytes)
 	}
 
-	begun = time.Now()
+	begun := time.Now()
 	t.tell("opening")
-	err = t.Sandbox.Open(ctx)
+	err := t.Sandbox.Open(ctx)
 	r.phase(Open, begun, 0)
 	if err != nil {
 		r.Checks = append(r.Checks, failed(CheckOpen, err))
@@ -261,7 +278,11 @@ func (t Test) checkManifest(ctx context.Context) Check {
 }
 
 // checkChecksums has pg_checksums read every page of the stopped cluster.
-func (t Test) checkChecksums(ctx context.Context, control sandbox.Control) Check {
+func (t Test) checkChecksums(ctx context.Context) Check {
+	control, err := t.Sandbox.Control(ctx)
+	if err != nil {
+		return failed(CheckChecksums, err)
+	}
 	if !control.Checksums {
 		return Check{Name: CheckChecksums, Verdict: Skipped, Message: "the cluster has no data checksums"}
 	}

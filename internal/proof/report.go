@@ -5,6 +5,7 @@ package proof
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -66,10 +67,11 @@ func (p Phase) Rate() float64 {
 	return float64(p.Bytes) / p.Seconds
 }
 
-// Phases. The sum of fetch and replay is the time a restore takes until
+// Phases. The sum of fetch, load and replay is the time a restore takes until
 // PostgreSQL is open.
 const (
 	Fetch     = "fetch"     // files, from the repository
+	Load      = "load"      // pg_restore, of a logical backup
 	Manifest  = "manifest"  // pg_verifybackup
 	Replay    = "replay"    // of the log
 	Checksums = "checksums" // pg_checksums
@@ -108,7 +110,7 @@ type Report struct {
 	Source   Position       `json:"source,omitzero"`  // at the test's start
 	Lag      *Lag           `json:"lag,omitempty"`    // nil: not known
 
-	RTO    float64 `json:"rto_seconds"` // fetch and replay
+	RTO    float64 `json:"rto_seconds"` // fetch, load and replay
 	Phases []Phase `json:"phases"`
 
 	Databases int   `json:"databases"`
@@ -170,6 +172,11 @@ func (r Report) Err() error {
 		err = errors.New("nothing was checked")
 	}
 	return fmt.Errorf("restore test: %s: %w", strings.ReplaceAll(err.Error(), "\n", "; "), kind)
+}
+
+// Failed reports whether a check has: then the verdict is known.
+func (r Report) Failed() bool {
+	return slices.ContainsFunc(r.Checks, func(c Check) bool { return c.Verdict == Failed })
 }
 
 // judge gives the verdict: every check that was made must have passed, and one

@@ -95,7 +95,8 @@ func choose(d backup.Details, name string) (backup.DatabaseDump, error) {
 
 // Plan finds out whether the restore can be done, and refuses it before
 // anything is written: a target that holds something, roles that are missing,
-// too little space, programs that are too old.
+// too little space, programs that are too old. Missing is set also where roles
+// that are missing are the reason.
 func (l Logical) Plan(ctx context.Context) (p Plan, err error) {
 	d, err := Details(l.Repo, l.Manifest)
 	if err != nil {
@@ -131,7 +132,8 @@ func (l Logical) Plan(ctx context.Context) (p Plan, err error) {
 			return p, fmt.Errorf("database %q is not empty: %w", p.To, fail.NotEmpty)
 		}
 	}
-	return p, l.planContents(ctx, &p)
+	err = l.planContents(ctx, &p)
+	return p, err
 }
 
 // planContents looks into the table of contents of the dump.

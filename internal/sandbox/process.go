@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -70,6 +71,9 @@ func (s *Sandbox) launch(offline bool, prepare func() *exec.Cmd) (*process, erro
 		if err != nil {
 			return nil, err
 		}
+		s.mu.Lock()
+		s.processes = append(s.processes, p)
+		s.mu.Unlock()
 		s.isolation.Processes = p.inside
 		if offline {
 			s.isolation.Network = flags&syscall.CLONE_NEWNET != 0
@@ -121,6 +125,19 @@ func (p *process) running() bool {
 	default:
 		return true
 	}
+}
+
+// Work is a number that changes as long as what runs in the sandbox works: the
+// processor time that it has used.
+func (s *Sandbox) Work() (ticks uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.processes = slices.DeleteFunc(s.processes, func(p *process) bool { return !p.running() })
+	for _, p := range s.processes {
+		_, t := family(p.cmd.Process.Pid)
+		ticks += t
+	}
+	return ticks
 }
 
 // Run runs one of PostgreSQL's programs in the sandbox, offline, and returns
@@ -187,10 +204,10 @@ func (s *Sandbox) tell(program, text string) {
 	n := 0
 	for line := range strings.Lines(text) {
 		if n++; n > most {
-			s.opt.Log.Info("a program of the sandbox says more; the rest is dropped", "program", program)
+			s.opt.Log.Debug("a program of the sandbox says more; the rest is dropped", "program", program)
 			return
 		}
-		s.opt.Log.Info("a program of the sandbox says", slog.String("program", program), slog.String("line", strings.ToValidUTF8(strings.TrimSpace(line), "?")))
+		s.opt.Log.Debug("a program of the sandbox says", slog.String("program", program), slog.String("line", strings.ToValidUTF8(strings.TrimSpace(line), "?")))
 	}
 }
 

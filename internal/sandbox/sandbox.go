@@ -12,18 +12,20 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
 	"os/user"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
+	"github.com/pgkeep/pgkeep/internal/durable"
 	"github.com/pgkeep/pgkeep/internal/fail"
 )
 
@@ -60,16 +62,18 @@ type Options struct {
 }
 
 // A Sandbox is an isolated place for one server. Its methods are not to be
-// called from several goroutines at once, but for Connect, Conninfo and Run.
+// called from several goroutines at once, but for Connect, Conninfo, Run and Work.
 type Sandbox struct {
 	opt  Options
 	dir  string
 	lock *os.File
 	as   *syscall.Credential // nil: as we are
 
-	server    *process  // nil: none runs
-	isolation Isolation // of what was started last
-	bare      bool      // without namespaces: for tests of hosts that have none
+	mu        sync.Mutex
+	processes []*process // that run, and some that did
+	server    *process   // nil: none runs
+	isolation Isolation  // of what was started last
+	bare      bool       // without namespaces: for tests of hosts that have none
 }
 
 // Isolation says what keeps the server apart, beside its settings: how much the
@@ -83,6 +87,7 @@ type Isolation struct {
 
 const (
 	namePrefix    = "pgkeep-sandbox-"
+	noteName      = "note"
 	defaultMemory = 1 << 30
 	defaultStall  = 10 * time.Minute
 	socketName    = ".s.PGSQL.5432"
@@ -206,6 +211,45 @@ func (s *Sandbox) Data() string { return filepath.Join(s.dir, "data") }
 // is only started on data whose links all stay within the sandbox.
 func (s *Sandbox) Tablespaces() string { return filepath.Join(s.dir, "tablespaces") }
 
+// Note returns what WriteNote wrote last, by whoever used the sandbox; nil if
+// nobody has.
+func (s *Sandbox) Note() ([]byte, error) { return readNote(s.dir) }
+
+func readNote(dir string) ([]byte, error) {
+	b, err := os.ReadFile(filepath.Join(dir, noteName))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	return b, err
+}
+
+// WriteNote keeps a text of the caller's in the sandbox, for the next Make and
+// for Collect. Nobody else can read it.
+func (s *Sandbox) WriteNote(text []byte) error {
+	return durable.WriteFile(filepath.Join(s.dir, noteName), 0o600, func(w io.Writer) error {
+		_, err := w.Write(text)
+		return err
+	})
+}
+
+// Empty removes the data and the tablespaces, for a new start. The server must be
+// closed.
+func (s *Sandbox) Empty() error {
+	for _, dir := range []string{s.Data(), s.Tablespaces()} {
+		err := os.RemoveAll(dir)
+		if err == nil {
+			err = os.Mkdir(dir, 0o700)
+		}
+		if err == nil {
+			err = s.own(dir)
+		}
+		if err != nil {
+			return fmt.Errorf("empty sandbox: %w", err)
+		}
+	}
+	return nil
+}
+
 func (s *Sandbox) runDir() string  { return filepath.Join(s.dir, "run") }
 func (s *Sandbox) confDir() string { return filepath.Join(s.dir, "conf") }
 func (s *Sandbox) logPath() string { return filepath.Join(s.dir, "log") }
@@ -255,10 +299,11 @@ func wipe(dir string) error {
 	return nil
 }
 
-// Collect removes the sandboxes in parent that nobody uses, but for those named
-// in keep, and ends what still runs in them. It returns the names of those it
+// Collect removes the sandboxes in parent that nobody uses, and ends what still
+// runs in them. keep, if it is not nil, is asked whether one stays, and gets its
+// name and its note, nil if it has none. It returns the names of those it
 // removed. A parent that does not exist has none.
-func Collect(ctx context.Context, parent string, keep ...string) (removed []string, err error) {
+func Collect(ctx context.Context, parent string, keep func(name string, note []byte) bool) (removed []string, err error) {
 	entries, err := os.ReadDir(parent)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -269,22 +314,31 @@ func Collect(ctx context.Context, parent string, keep ...string) (removed []stri
 	var failed error
 	for _, e := range entries {
 		name, ok := strings.CutPrefix(e.Name(), namePrefix)
-		if !ok || !e.IsDir() || slices.Contains(keep, name) {
+		if !ok || !e.IsDir() {
 			continue
 		}
-		dir := filepath.Join(parent, e.Name())
-		lock, err := take(ctx, dir, 0)
-		if errors.Is(err, fail.AlreadyRunning) || errors.Is(err, fs.ErrNotExist) {
-			continue // somebody uses it, or has just removed it
-		}
-		if err == nil {
-			err = errors.Join(wipe(dir), lock.Close())
-		}
+		gone, err := collect(ctx, filepath.Join(parent, e.Name()), func(note []byte) bool { return keep != nil && keep(name, note) })
 		if err != nil {
 			failed = errors.Join(failed, fmt.Errorf("collect sandbox %s: %w", name, err))
-			continue
+		} else if gone {
+			removed = append(removed, name)
 		}
-		removed = append(removed, name)
 	}
 	return removed, failed
+}
+
+func collect(ctx context.Context, dir string, keep func(note []byte) bool) (gone bool, err error) {
+	lock, err := take(ctx, dir, 0)
+	if errors.Is(err, fail.AlreadyRunning) || errors.Is(err, fs.ErrNotExist) {
+		return false, nil // somebody uses it, or has just removed it
+	}
+	if err != nil {
+		return false, err
+	}
+	defer lock.Close()
+	note, err := readNote(dir)
+	if err != nil || keep(note) {
+		return false, err
+	}
+	return true, wipe(dir)
 }

@@ -391,7 +391,7 @@ func TestKilledRunnerLeavesNothing(t *testing.T) {
 			if _, err := os.Stat(dir); err != nil {
 				t.Fatalf("the runner had no sandbox: %v", err)
 			}
-			removed, err := sandbox.Collect(t.Context(), parent)
+			removed, err := sandbox.Collect(t.Context(), parent, nil)
 			if err != nil || !slices.Equal(removed, []string{"killed"}) {
 				t.Errorf("Collect = %v, %v", removed, err)
 			}
@@ -449,6 +449,11 @@ func TestCollectLeavesWhatIsInUse(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if name == "kept" {
+			if err := s.WriteNote([]byte("mine")); err != nil {
+				t.Fatal(err)
+			}
+		}
 		s.Release()
 	}
 	for _, other := range []string{"pgkeep-other", "data"} {
@@ -456,7 +461,7 @@ func TestCollectLeavesWhatIsInUse(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	removed, err := sandbox.Collect(t.Context(), parent, "kept")
+	removed, err := sandbox.Collect(t.Context(), parent, func(name string, note []byte) bool { return name == "kept" && string(note) == "mine" })
 	if err != nil || !slices.Equal(removed, []string{"left"}) {
 		t.Errorf("Collect = %v, %v", removed, err)
 	}
@@ -471,7 +476,7 @@ func TestCollectLeavesWhatIsInUse(t *testing.T) {
 	if err := used.Open(t.Context()); err != nil {
 		t.Error(err)
 	}
-	if removed, err := sandbox.Collect(t.Context(), filepath.Join(parent, "nowhere")); err != nil || removed != nil {
+	if removed, err := sandbox.Collect(t.Context(), filepath.Join(parent, "nowhere"), nil); err != nil || removed != nil {
 		t.Errorf("Collect of no directory = %v, %v", removed, err)
 	}
 }

@@ -18,7 +18,8 @@ import (
 	"github.com/pgkeep/pgkeep/workflows"
 )
 
-// A Schedule is a backup that Temporal starts at certain times.
+// A Schedule is a backup, an audit or a restore test that Temporal starts at
+// certain times.
 type Schedule struct {
 	Cluster string
 	Kind    string
@@ -163,6 +164,9 @@ func (s Schedule) options() client.ScheduleOptions {
 	if s.Kind == workflows.KindWALAudit { // it changes nothing that two could change at once
 		action.Workflow, action.Args = workflows.WALAuditName, []any{workflows.WALAuditRequest{Cluster: s.Cluster, Host: s.Host}}
 		action.StaticSummary = "scheduled audit of the WAL archive of " + s.Cluster
+	}
+	if s.Kind == workflows.KindRestoreTest {
+		action.StaticSummary = "scheduled restore test of " + s.Cluster
 	}
 	if s.Searchable {
 		action.TypedSearchAttributes = temporal.NewSearchAttributes(

@@ -1,0 +1,102 @@
+package e2e
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"go.temporal.io/sdk/client"
+
+	"github.com/pgkeep/pgkeep/internal/lab"
+	"github.com/pgkeep/pgkeep/internal/proof"
+	"github.com/pgkeep/pgkeep/workflows"
+)
+
+// tested sets up for restore tests: the log is archived, and PostgreSQL's user
+// may read what the worker reads. It returns the directory of sandboxes.
+func (r *rig) tested(more string) (dir string) {
+	r.t.Helper()
+	r.archive()
+	dir = filepath.Join(lab.DirForTest(r.t), "s")
+	for _, name := range []string{r.config, r.wal} {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		text = append(text, "restore_test: {directory: "+dir+", memory: 256MB"+more+"}\n"...)
+		if err := os.WriteFile(name, text, 0o600); err != nil {
+			r.t.Fatal(err)
+		}
+	}
+	r.config = r.wal // what the server in the sandbox may read
+	return dir
+}
+
+// nothingLeft wants neither sandboxes nor servers in them.
+func (r *rig) nothingLeft(dir string) {
+	r.t.Helper()
+	r.until("nothing is left in "+dir, func() bool {
+		left, _ := os.ReadDir(dir)
+		return len(left) == 0
+	})
+	procs, _ := filepath.Glob("/proc/[0-9]*/cwd")
+	for _, p := range procs {
+		if cwd, err := os.Readlink(p); err == nil && strings.HasPrefix(cwd, dir) {
+			r.t.Errorf("%s is in %s", p, cwd)
+		}
+	}
+}
+
+type shownProof struct {
+	Proof *struct {
+		Test   string
+		State  proof.State
+		Report proof.Report
+	}
+}
+
+// A backup is taken, tested, and shown as proven; so is a logical one.
+func TestABackupIsProven(t *testing.T) {
+	r := setup(t, 500)
+	dir := r.tested(`, assertions: [{name: small is whole, database: app, query: "SELECT count(*), 'canary-literal' FROM small", want: "5000 | canary-literal"}]`)
+	r.worker()
+	var taken workflows.PhysicalBackupResult
+	r.decode(r.must("backup", "--json"), &taken)
+	if err := r.pg.Exec(t.Context(), "app", "DELETE FROM big WHERE i % 3 = 0", "SELECT pg_switch_wal()"); err != nil {
+		t.Fatal(err)
+	}
+	r.archived()
+	var res workflows.RestoreTestResult
+	r.decode(r.must("restore-test", "--json"), &res)
+	rep := res.Report
+	if string(res.Subject.ID) != taken.ID || rep.Verdict != proof.Passed || rep.Rows < 5000 || rep.RTO == 0 || rep.Segments == 0 || rep.Lag == nil || len(rep.Phases) < 6 {
+		t.Errorf("tested: %+v", res)
+	}
+	r.nothingLeft(dir)
+	run := r.client.GetWorkflow(t.Context(), workflows.RestoreTestWorkflowID("main"), "")
+	r.record(run, "restore-test")
+	r.clean(run, dir)
+
+	r.must("backup", "--kind", "logical")
+	r.decode(r.must("restore-test", "--json", "latest"), &res)
+	if res.Subject.Kind != "logical" || res.Report.Verdict != proof.Passed || res.Report.Rows < 5000 {
+		t.Errorf("tested: %+v", res)
+	}
+	r.nothingLeft(dir)
+}
+
+// clean wants a history without anything that is the user's: SQL, rows, names of
+// tables, paths.
+func (r *rig) clean(run client.WorkflowRun, dir string) {
+	r.t.Helper()
+	text, err := r.history(run).Marshal() // payloads are in it as they are
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for _, secret := range []string{dir, r.dir, filepath.Dir(r.wal), "small", "SELECT", "canary-literal", canary, "4999", "signing.key"} {
+		if i := strings.Index(string(text), secret); i >= 0 {
+			r.t.Errorf("the history holds %q: %.200q", secret, text[max(0, i-100):])
+		}
+	}
+}
