@@ -32,7 +32,10 @@ const dialTimeout = 5 * time.Second
 // temporal connects to the server that the configuration, or else Temporal's
 // own environment, names. The caller closes it. If it does not answer, the
 // error is of kind fail.TemporalDown.
-func (e *env) temporal(ctx context.Context) (*server, error) {
+func (e *env) temporal(ctx context.Context) (*server, error) { return e.dial(ctx, nil) }
+
+// dial is temporal; what the SDK measures goes to m, nil for nowhere.
+func (e *env) dial(ctx context.Context, m client.MetricsHandler) (*server, error) {
 	c, err := e.config()
 	if err != nil {
 		return nil, err
@@ -47,6 +50,7 @@ func (e *env) temporal(ctx context.Context) (*server, error) {
 	}
 	opt.Logger = log.NewStructuredLogger(logger)
 	opt.Identity = "pgkeep@" + string(c.Host)
+	opt.MetricsHandler = m
 
 	dialing, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()

@@ -3,16 +3,20 @@ package main
 import (
 	"context"
 	"maps"
+	"net"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/urfave/cli/v2"
+	"go.temporal.io/sdk/client"
 
 	"github.com/pgkeep/pgkeep/activities"
 	"github.com/pgkeep/pgkeep/internal/audit"
 	"github.com/pgkeep/pgkeep/internal/backup"
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/metrics"
 	"github.com/pgkeep/pgkeep/internal/open"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/restore"
@@ -77,11 +81,17 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 	if len(logical) == 0 {
 		return config.Errorf("no cluster of host %s in the configuration: nothing to serve", cfg.Host)
 	}
-	s, err := e.temporalAtLast(ctx)
+	measured, stop, err := serveMetrics(ctx, string(cfg.Metrics.Listen), metrics.Options{Clusters: audits, Log: log})
+	if err != nil {
+		return err
+	}
+	defer stop()
+	s, err := e.temporalAtLast(ctx, measured.Temporal())
 	if err != nil {
 		return err
 	}
 	defer s.Close()
+	measured.Connected(s.Client)
 	return worker.Run(ctx, worker.Options{Client: s.Client, Namespace: s.namespace, Host: string(cfg.Host), Logical: logical, Physical: physical, Audits: audits,
 		Store: st, Log: log, Grace: grace, Tests: testerOf(cfg, st, access, log), Restore: func(ctx context.Context, q activities.RestoreRequest) (restore.Physical, error) {
 			r, err := repo.Open(ctx, st, access)
@@ -92,11 +102,32 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 		}})
 }
 
+// serveMetrics begins to serve metrics at an address, if there is one, until stop
+// is called: before Temporal is there, which is when they are looked at.
+func serveMetrics(ctx context.Context, listen string, opt metrics.Options) (m *metrics.Metrics, stop func(), err error) {
+	if m, err = metrics.New(opt); err != nil || listen == "" {
+		return m, func() {}, err
+	}
+	l, err := net.Listen("tcp", listen)
+	if err != nil {
+		return nil, nil, config.Errorf("metrics.listen: %w", err)
+	}
+	opt.Log.Info("metrics are served", "url", "http://"+l.Addr().String()+"/metrics")
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := m.Serve(ctx, l); err != nil { // backups go on
+			opt.Log.Error("metrics are not served any more", "error", err)
+		}
+	})
+	return m, func() { cancel(); wg.Wait() }, nil
+}
+
 // temporalAtLast connects to the server, and waits for it as long as it takes:
 // at boot the worker may well be there first.
-func (e *env) temporalAtLast(ctx context.Context) (*server, error) {
+func (e *env) temporalAtLast(ctx context.Context, m client.MetricsHandler) (*server, error) {
 	for wait, said := time.Second, false; ; wait = min(2*wait, 30*time.Second) {
-		s, err := e.temporal(ctx)
+		s, err := e.dial(ctx, m)
 		if err == nil || fail.KindOf(classify(ctx, err)) != fail.TemporalDown {
 			return s, err
 		}

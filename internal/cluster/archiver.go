@@ -7,11 +7,16 @@ import (
 	"time"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/pg"
 )
 
 // An Archiver is how the archiver of a cluster is doing. Times are by the
 // server's clock, and zero for never.
 type Archiver struct {
+	System pg.SystemID `json:"system_id,omitzero"`
+	Major  int         `json:"pg_major,omitempty"`
+	LSN    pg.LSN      `json:"lsn,omitzero"` // how far its log reaches; of a standby, what it has of it
+
 	Now       time.Time `json:"now"`
 	Archiving bool      `json:"archiving"` // this server hands its WAL to an archiver
 	Standby   bool      `json:"standby,omitempty"`
@@ -41,7 +46,10 @@ func (c Cluster) Archiver(ctx context.Context) (Archiver, error) {
 	if err != nil {
 		return Archiver{}, queryError("ask the cluster about itself", err)
 	}
-	a := Archiver{Archiving: f.Archiving(), Standby: f.InRecovery}
+	a := Archiver{System: f.System, Major: f.Version.Major(), Archiving: f.Archiving(), Standby: f.InRecovery}
+	if a.LSN, _, err = position(ctx, conn); err != nil {
+		return Archiver{}, queryError("ask how far the log reaches", err)
+	}
 	var command string
 	var oldest, archived, failed *time.Time
 	err = conn.QueryRow(ctx, `

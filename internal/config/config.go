@@ -33,6 +33,8 @@ type Config struct {
 	RestoreTest RestoreTest `yaml:"restore_test"`
 	// What pgkeep says while it works, on standard error.
 	Log Log `yaml:"log"`
+	// What `pgkeep worker` tells Prometheus.
+	Metrics Metrics `yaml:"metrics"`
 	// The PostgreSQL clusters to back up, by name. The name stands in object keys and workflow ids: lower-case letters, digits, `_` and `-`, at most 63 bytes.
 	Clusters map[Name]Cluster `yaml:"clusters"`
 	// What Temporal starts by itself; `pgkeep schedule apply` makes the server follow this list. At most one for each cluster and kind.
@@ -138,6 +140,12 @@ type Log struct {
 	Level LogLevel `yaml:"level" default:"info"`
 	// `text` for people, `json` for machines.
 	Format LogFormat `yaml:"format" default:"text"`
+}
+
+// Metrics says where Prometheus finds what docs/METRICS.md describes.
+type Metrics struct {
+	// Where `pgkeep worker` serves `/metrics`, as `127.0.0.1:9788`. If not set, nowhere. It has no login and no TLS, and names clusters: keep it on loopback, or where only Prometheus comes.
+	Listen HostPort `yaml:"listen"`
 }
 
 // Cluster is one PostgreSQL cluster.

@@ -53,6 +53,18 @@ func List(ctx context.Context, c client.Client, ids ...string) ([]Existing, erro
 	return have, nil
 }
 
+// Describe returns the schedule with that id; false if the server has none.
+func Describe(ctx context.Context, c client.Client, id string) (Existing, bool, error) {
+	e, err := describe(ctx, c, id)
+	if _, gone := errors.AsType[*serviceerror.NotFound](err); gone {
+		return Existing{}, false, nil
+	}
+	if err != nil {
+		return Existing{}, false, fmt.Errorf("describe schedule %s: %w", id, err)
+	}
+	return e, true, nil
+}
+
 func describe(ctx context.Context, c client.Client, id string) (Existing, error) {
 	d, err := c.ScheduleClient().GetHandle(ctx, id).Describe(ctx)
 	if err != nil {

@@ -1,0 +1,128 @@
+package metrics
+
+import (
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/cluster"
+	"github.com/pgkeep/pgkeep/internal/health"
+	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/schedule"
+)
+
+// A Source is where values come from.
+type Source string
+
+// The sources there are.
+const (
+	Repository Source = "repository" // what is stored
+	Server     Source = "server"     // PostgreSQL
+	Schedules  Source = "schedules"  // Temporal
+)
+
+// A State is what is known of one cluster. The zero State knows nothing.
+type State struct {
+	Seen map[Source]time.Time // when a look succeeded last
+	Good map[Source]bool      // the newest look did
+
+	Stored    health.Stored
+	Usage     repo.Usage
+	Newest    Segment                      // of the archive that is written to
+	Archiver  cluster.Archiver             // counts only while the newest look at the server was good
+	Schedules map[string]schedule.Existing // by kind; likewise
+}
+
+// A Segment is the newest in an archive.
+type Segment struct {
+	Archive  repo.Archive
+	Name     pg.WALName
+	Size     pg.SegmentSize
+	End      pg.LSN    // where the next begins
+	Archived time.Time // by the store's clock
+}
+
+// What stands for what is not known. Nothing is ever NaN, and no series is ever
+// missing.
+const (
+	unknown = -1 // of counts, sizes and answers
+	never   = 0  // of moments: the beginning of 1970
+)
+
+func (s *State) knows(src Source) bool { return !s.Seen[src].IsZero() }
+
+// newest is the backup of a kind that was finished last.
+func (s *State) newest(kind string) time.Time {
+	b, _ := s.Stored.Newest(repo.Kind(kind))
+	return b.FinishedAt
+}
+
+// proven is when the newest backup of a kind was finished that passed its last
+// restore test.
+func (s *State) proven(kind string) (newest time.Time) {
+	for _, b := range s.Stored.Backups {
+		if t, ok := b.Tested(); ok && t.Passed && b.Usable() && string(b.Kind) == kind && b.FinishedAt.After(newest) {
+			newest = b.FinishedAt
+		}
+	}
+	return newest
+}
+
+// tested is the restore test of a backup of a kind that was made last.
+func (s *State) tested(kind string) (last health.Test, ok bool) {
+	for _, b := range s.Stored.Backups {
+		if t, found := b.Tested(); found && string(b.Kind) == kind && t.FinishedAt.After(last.FinishedAt) {
+			last, ok = t, true
+		}
+	}
+	return last, ok
+}
+
+// window is the newest run of moments that can be reached.
+func (s *State) window() (newest health.Moments) {
+	for _, a := range s.Stored.Archives {
+		for _, m := range s.Stored.Window(a) {
+			if m.To.After(newest.To) {
+				newest = m
+			}
+		}
+	}
+	return newest
+}
+
+// stored is how many bytes are stored for a kind: of backups that are there, of
+// the log, or of other backups, which are deleted or in progress.
+func (s *State) stored(kind string) (bytes int64) {
+	if kind == kindWAL {
+		return s.Usage.WAL
+	}
+	kinds := make(map[repo.ID]string)
+	for _, b := range s.Stored.Backups {
+		if b.Usable() {
+			kinds[b.ID] = string(b.Kind)
+		}
+	}
+	for id, n := range s.Usage.Backups {
+		if of, ok := kinds[id]; ok && of == kind || !ok && kind == kindOther {
+			bytes += n
+		}
+	}
+	return bytes
+}
+
+// behind is how many bytes of log the server has written that are not in the
+// archive.
+func (s *State) behind() int64 {
+	if s.Newest.Archive.System != s.Archiver.System || s.Newest.Archive.Major != s.Archiver.Major {
+		return int64(s.Archiver.LSN) // of this system there is nothing
+	}
+	if s.Archiver.LSN <= s.Newest.End {
+		return 0
+	}
+	return int64(s.Archiver.LSN - s.Newest.End)
+}
+
+// schedule is the schedule of a kind; false if there is none, or that is not known.
+func (s *State) schedule(kind string) (schedule.Existing, bool) {
+	e, ok := s.Schedules[kind]
+	return e, ok && s.Good[Schedules]
+}
