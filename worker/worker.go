@@ -20,6 +20,7 @@ import (
 	"github.com/pgkeep/pgkeep/activities"
 	"github.com/pgkeep/pgkeep/internal/audit"
 	"github.com/pgkeep/pgkeep/internal/backup"
+	"github.com/pgkeep/pgkeep/internal/expire"
 	"github.com/pgkeep/pgkeep/internal/proof"
 	"github.com/pgkeep/pgkeep/internal/restore"
 	"github.com/pgkeep/pgkeep/internal/store"
@@ -35,6 +36,7 @@ type Options struct {
 	Logical   []*backup.Logical                                                          // of the clusters of this host
 	Physical  []*backup.Physical                                                         // likewise
 	Audits    []*audit.Auditor                                                           // likewise
+	Expirers  []*expire.Expirer                                                          // of the clusters that this host expires
 	Restore   func(context.Context, activities.RestoreRequest) (restore.Physical, error) // prepares a restore on this host; nil: none is served
 	Tests     *proof.Tester                                                              // of backups, on this host; nil: none are made
 	Store     store.Store                                                                // of the repository; nil: leftovers there are not looked for
@@ -94,6 +96,11 @@ func Run(ctx context.Context, opt Options) error {
 		archives.Auditors[a.Name] = a
 	}
 	local.RegisterActivityWithOptions(archives, activity.RegisterOptions{})
+	expiry := &activities.Expiry{Expirers: make(map[string]*expire.Expirer)}
+	for _, x := range opt.Expirers {
+		expiry.Expirers[x.Name] = x
+	}
+	local.RegisterActivityWithOptions(expiry, activity.RegisterOptions{})
 
 	workers := []sdk.Worker{shared, local}
 	for i, w := range workers {

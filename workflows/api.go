@@ -18,6 +18,7 @@ const (
 	PhysicalBackupName = "pgkeep.PhysicalBackup"
 	RestoreName        = "pgkeep.Restore"
 	WALAuditName       = "pgkeep.WALAudit"
+	ExpireName         = "pgkeep.Expire"
 	RestoreTestName    = "pgkeep.RestoreTest"
 )
 
@@ -35,6 +36,10 @@ const KindWALAudit = "wal-audit"
 
 // KindRestoreTest is the kind of a schedule, and of a run, that tests a backup.
 const KindRestoreTest = "restore-test"
+
+// KindExpire is the kind of a schedule that lets go of what retention does not
+// keep.
+const KindExpire = "expire"
 
 // BackupWorkflowID is the one workflow id under which backups of that kind of
 // that cluster run. Temporal runs at most one workflow of an id at a time: this

@@ -41,6 +41,15 @@ func glance(host, summary string) workflow.ActivityOptions {
 	return opt
 }
 
+// expiring is for reading and removing what may be many objects. What is cut goes
+// on with the next try, and a schedule does all of it again.
+func expiring(host, summary string) workflow.ActivityOptions {
+	opt := long(host, summary)
+	opt.ScheduleToStartTimeout = 5 * time.Minute
+	opt.RetryPolicy.MaximumAttempts = 5
+	return opt
+}
+
 // patient is for small work near the end of a backup: hours of it are not thrown
 // away because a server is restarted.
 func patient(host, summary string) workflow.ActivityOptions {

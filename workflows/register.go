@@ -13,6 +13,7 @@ func Register(r Registry) {
 	r.RegisterWorkflowWithOptions(LogicalBackup, workflow.RegisterOptions{Name: LogicalBackupName})
 	r.RegisterWorkflowWithOptions(PhysicalBackup, workflow.RegisterOptions{Name: PhysicalBackupName})
 	r.RegisterWorkflowWithOptions(Restore, workflow.RegisterOptions{Name: RestoreName})
+	r.RegisterWorkflowWithOptions(Expire, workflow.RegisterOptions{Name: ExpireName})
 	r.RegisterWorkflowWithOptions(WALAudit, workflow.RegisterOptions{Name: WALAuditName})
 	r.RegisterWorkflowWithOptions(RestoreTest, workflow.RegisterOptions{Name: RestoreTestName})
 }

@@ -82,8 +82,12 @@ func (e *env) scheduleApply(ctx context.Context, opt applyOptions) error {
 func wanted(cfg *config.Config, searchable bool) []schedule.Schedule {
 	var want []schedule.Schedule
 	for _, s := range cfg.Schedules {
+		host := cfg.Clusters[s.Cluster].Host
+		if s.Kind == config.KindExpire {
+			host = cfg.Clusters[s.Cluster].Expirer()
+		}
 		want = append(want, schedule.Schedule{
-			Cluster: string(s.Cluster), Kind: string(s.Kind), Host: string(cfg.Clusters[s.Cluster].Host),
+			Cluster: string(s.Cluster), Kind: string(s.Kind), Host: string(host),
 			Cron: string(s.Cron), TimeZone: string(s.TimeZone),
 			Jitter: s.Jitter, CatchupWindow: s.CatchupWindow, RunTimeout: s.RunTimeout, Searchable: searchable,
 		})
@@ -103,7 +107,7 @@ func ids(schedules []schedule.Schedule) []string {
 func hosts(cfg *config.Config) []string {
 	all := []string{string(cfg.Host)}
 	for _, c := range cfg.Clusters {
-		all = append(all, string(c.Host))
+		all = append(all, string(c.Host), string(c.Expirer()))
 	}
 	slices.Sort(all)
 	return slices.Compact(all)

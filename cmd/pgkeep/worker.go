@@ -15,6 +15,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/audit"
 	"github.com/pgkeep/pgkeep/internal/backup"
 	"github.com/pgkeep/pgkeep/internal/config"
+	"github.com/pgkeep/pgkeep/internal/expire"
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/metrics"
 	"github.com/pgkeep/pgkeep/internal/open"
@@ -63,7 +64,11 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 	var logical []*backup.Logical
 	var physical []*backup.Physical
 	var audits []*audit.Auditor
+	var expirers []*expire.Expirer
 	for _, name := range slices.Sorted(maps.Keys(cfg.Clusters)) {
+		if host := cfg.Clusters[name].Expirer(); !cfg.Clusters[name].Retention.IsZero() && (host == "" || host == cfg.Host) {
+			expirers = append(expirers, expirer(cfg, string(name), func(ctx context.Context) (*repo.Repo, error) { return repo.Open(ctx, st, access) }))
+		}
 		if host := cfg.Clusters[name].Host; host != "" && host != cfg.Host {
 			continue
 		}
@@ -78,7 +83,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 		logical, physical = append(logical, l), append(physical, p)
 		audits = append(audits, &audit.Auditor{Name: l.Name, Cluster: l.Cluster, Open: l.Open})
 	}
-	if len(logical) == 0 {
+	if len(logical)+len(expirers) == 0 {
 		return config.Errorf("no cluster of host %s in the configuration: nothing to serve", cfg.Host)
 	}
 	measured, stop, err := serveMetrics(ctx, string(cfg.Metrics.Listen), metrics.Options{Clusters: audits, Log: log})
@@ -92,7 +97,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 	}
 	defer s.Close()
 	measured.Connected(s.Client)
-	return worker.Run(ctx, worker.Options{Client: s.Client, Namespace: s.namespace, Host: string(cfg.Host), Logical: logical, Physical: physical, Audits: audits,
+	return worker.Run(ctx, worker.Options{Client: s.Client, Namespace: s.namespace, Host: string(cfg.Host), Logical: logical, Physical: physical, Audits: audits, Expirers: expirers,
 		Store: st, Log: log, Grace: grace, Tests: testerOf(cfg, st, access, log), Restore: func(ctx context.Context, q activities.RestoreRequest) (restore.Physical, error) {
 			r, err := repo.Open(ctx, st, access)
 			if err != nil {

@@ -70,7 +70,7 @@ func (l Ledger) Holes(bases []Base) []Hole {
 	}
 	holes := l.lostHistories(bases)
 	for t, m := range missing {
-		for _, r := range m.Ranges {
+		for _, r := range l.missed(t, m.Ranges, bases) {
 			if r.From = max(r.From, l.needed(t, bases)); r.From < r.To {
 				first, _ := pg.SegmentName(t, r.From, l.SegmentSize) // the size is valid: there are segments
 				last, _ := pg.SegmentName(t, r.To-1, l.SegmentSize)
@@ -80,6 +80,34 @@ func (l Ledger) Holes(bases []Base) []Hole {
 	}
 	slices.SortFunc(holes, func(a, b Hole) int { return cmp.Compare(a.First, b.First) })
 	return holes
+}
+
+// missed is what of missing ranges of t counts: what was let go does only where a
+// base cannot do without.
+func (l Ledger) missed(t pg.Timeline, missing []Range, bases []Base) []Range {
+	floor := l.of(t).Floor
+	var own Timeline
+	for _, r := range missing {
+		if r.From >= floor {
+			own.add(r)
+			continue
+		}
+		if r.To > floor {
+			own.add(Range{floor, r.To, r.First, r.Last})
+		}
+		for _, b := range bases {
+			for _, s := range l.path(b.Timeline) {
+				if s.timeline != t {
+					continue
+				}
+				from := max(r.From, s.from, b.Start-b.Start%pg.LSN(l.SegmentSize))
+				if to := min(r.To, floor, s.to, b.Stop+(pg.LSN(l.SegmentSize)-b.Stop%pg.LSN(l.SegmentSize))%pg.LSN(l.SegmentSize)); from < to {
+					own.add(Range{from, to, r.First, r.Last})
+				}
+			}
+		}
+	}
+	return own.Ranges
 }
 
 // lostHistories are the histories that are missing, or cannot be read: of

@@ -46,3 +46,16 @@ func (w Window) Segments(size pg.SegmentSize, from, to pg.LSN) iter.Seq[pg.WALNa
 		}
 	}
 }
+
+// From yields, for each timeline on the way from b to timeline t, the position
+// from which on its segments are on that way.
+func (l Ledger) From(b Base, t pg.Timeline) iter.Seq2[pg.Timeline, pg.LSN] {
+	return func(yield func(pg.Timeline, pg.LSN) bool) {
+		at := b.Start - b.Start%pg.LSN(max(l.SegmentSize, 1))
+		for _, s := range l.path(t) {
+			if at < s.to && !yield(s.timeline, max(at, s.from)) {
+				return
+			}
+		}
+	}
+}

@@ -43,6 +43,13 @@ func Survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (Le
 // surveyed.
 func survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (l Ledger, odd []Odd, bad, err error) {
 	l = Ledger{Archive: a}
+	gone, err := r.Expiry(ctx, a)
+	if err != nil {
+		return l, odd, bad, err
+	}
+	for _, f := range gone.Floors {
+		l.timeline(f.Timeline).Floor = f.From
+	}
 	var after pg.WALName
 	for again := true; again; {
 		again = false
@@ -50,7 +57,7 @@ func survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (l 
 			if err != nil {
 				return l, odd, bad, err
 			}
-			if over, to, ok := known.over(o.Name); ok {
+			if over, to, ok := known.over(o.Name, gone); ok {
 				l.SegmentSize = known.SegmentSize
 				t := l.timeline(o.Name.Timeline)
 				t.add(over)
@@ -58,7 +65,7 @@ func survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (l 
 				break
 			}
 			why, err := l.enter(ctx, r, o, known)
-			if damaged(err) && len(odd) < maxOdd { // so many are no accident: nobody is to read them all
+			if Damaged(err) && len(odd) < maxOdd { // so many are no accident: nobody is to read them all
 				bad = cmp.Or(bad, err)
 				why, err = err.Error(), nil
 				if o.Name.Kind == pg.History {
@@ -76,9 +83,9 @@ func survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (l 
 	return l, odd, bad, nil
 }
 
-// damaged reports whether err says of one object that it is of no use, or gone
+// Damaged reports whether err says of one object that it is of no use, or gone
 // since it was listed, and nothing of the store.
-func damaged(err error) bool {
+func Damaged(err error) bool {
 	for _, k := range []error{fail.Corrupt, fail.WrongSystem, fail.Untrusted, store.ErrNotExist} {
 		if errors.Is(err, k) {
 			return true
@@ -88,13 +95,13 @@ func damaged(err error) bool {
 }
 
 // over finds the range of l in which a segment stands with many behind it, and
-// the last of these.
-func (l Ledger) over(n pg.WALName) (over Range, last pg.WALName, ok bool) {
+// the last of these. What was let go since is not over.
+func (l Ledger) over(n pg.WALName, gone repo.Expiry) (over Range, last pg.WALName, ok bool) {
 	if n.Kind != pg.Segment || l.SegmentSize == 0 {
 		return Range{}, pg.WALName{}, false
 	}
 	start, err := n.Start(l.SegmentSize)
-	if err != nil {
+	if err != nil || start < gone.Floor(n.Timeline) {
 		return Range{}, pg.WALName{}, false
 	}
 	for _, r := range l.of(n.Timeline).Ranges {

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"slices"
@@ -164,6 +165,32 @@ type Cluster struct {
 	Physical Physical `yaml:"physical"`
 	// How the write-ahead log is archived and brought back.
 	WAL WAL `yaml:"wal"`
+	// What is kept of this cluster. Without `window`, `daily`, `weekly` and `monthly` everything is: nothing is ever removed.
+	Retention Retention `yaml:"retention"`
+}
+
+// Retention says what is kept of a cluster. A backup is kept if any of it says
+// so; the newest one, the newest proven one and what is held are in any case.
+type Retention struct {
+	// How far back every moment stays reachable, as `14d`: younger backups of both kinds, the physical one before them, and the log since.
+	Window time.Duration `yaml:"window"`
+	// The newest backup of so many days on which there is one, of each kind. Days, weeks and months are those of UTC.
+	Daily int `yaml:"daily"`
+	// Likewise of so many weeks, from Monday on.
+	Weekly int `yaml:"weekly"`
+	// Likewise of so many months.
+	Monthly int `yaml:"monthly"`
+	// How many good backups of each kind stay in any case.
+	Min int `yaml:"min" default:"2"`
+	// For how long `pgkeep undelete` can bring back what was let go. Only then its space is freed.
+	Grace time.Duration `yaml:"grace" default:"7d"`
+	// The host whose worker removes what goes: it needs the right to delete objects. If not set, that of the cluster.
+	Host Host `yaml:"host"`
+}
+
+// IsZero reports whether nothing is ever removed.
+func (r Retention) IsZero() bool {
+	return r.Window == 0 && r.Daily == 0 && r.Weekly == 0 && r.Monthly == 0
 }
 
 // Logical says how logical backups of a cluster are taken.
@@ -213,7 +240,7 @@ type Physical struct {
 type Schedule struct {
 	// One of `clusters`.
 	Cluster Name `yaml:"cluster" required:"true"`
-	// What to start: a `physical` or a `logical` backup; `wal-audit`, which looks for holes in the archive of the write-ahead log, fills those it can, and fails if one is left or archiving has stopped; or `restore-test`, which restores a backup into a sandbox and fails if it is not what it should be.
+	// What to start: a `physical` or a `logical` backup; `wal-audit`, which looks for holes in the archive of the write-ahead log, fills those it can, and fails if one is left or archiving has stopped; `expire`, which removes what the cluster's `retention` does not keep; or `restore-test`, which restores a backup into a sandbox and fails if it is not what it should be.
 	Kind Kind `yaml:"kind" default:"logical"`
 	// When to start, as five fields: minute, hour, day of month, month, day of week. If both days are restricted, both must match. Or `@hourly`, `@daily`, `@weekly`, `@monthly`, `@every 6h`.
 	Cron Cron `yaml:"cron" required:"true"`
@@ -286,6 +313,9 @@ func (c Cluster) Password() (Secret, error) {
 	return ReadSecret(string(c.PasswordFile))
 }
 
+// Expirer is the host whose worker removes what retention does not keep.
+func (c Cluster) Expirer() Host { return cmp.Or(c.Retention.Host, c.Host) }
+
 // Errorf makes an error of kind fail.BadConfig whose text is only what is said.
 func Errorf(format string, args ...any) error {
 	return fail.With(fail.BadConfig, fmt.Errorf(format, args...))
@@ -308,6 +338,9 @@ func (c *Config) check(problem func(path, format string, args ...any)) {
 			problem(path, "cluster %q has two schedules of kind %q", s.Cluster, s.Kind)
 		}
 		seen[run{s.Cluster, s.Kind}] = true
+		if cluster, ok := c.Clusters[s.Cluster]; ok && s.Kind == KindExpire && cluster.Retention.IsZero() {
+			problem(path, "cluster %q has no retention: nothing would ever expire", s.Cluster)
+		}
 		if s.CatchupWindow < 10*time.Second {
 			problem(path+".catchup_window", "catchup_window is %s, and must be 10s at least", FormatDuration(s.CatchupWindow))
 		}
@@ -316,6 +349,22 @@ func (c *Config) check(problem func(path, format string, args ...any)) {
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(c.Clusters)) {
+		r := c.Clusters[name].Retention
+		path := fmt.Sprintf("clusters.%s.retention", name)
+		for _, n := range []struct {
+			key string
+			n   int
+		}{{"daily", r.Daily}, {"weekly", r.Weekly}, {"monthly", r.Monthly}} {
+			if n.n < 0 {
+				problem(path+"."+n.key, "%s is %d, and must not be negative", n.key, n.n)
+			}
+		}
+		if r.Min < 1 {
+			problem(path+".min", "min is %d, and must be 1 at least", r.Min)
+		}
+		if r.Window > 0 && r.Window < time.Hour {
+			problem(path+".window", "window is %s, and must be 1h at least", FormatDuration(r.Window))
+		}
 		if jobs := c.Clusters[name].Logical.Jobs; jobs < 1 {
 			problem(fmt.Sprintf("clusters.%s.logical.jobs", name), "jobs is %d, and must be 1 at least", jobs)
 		}

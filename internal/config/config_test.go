@@ -79,6 +79,7 @@ func TestEveryKindOfValueIsRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	logical := config.Logical{Jobs: 2, StallTimeout: 10 * time.Minute, LockWait: 5 * time.Minute}
+	keep := config.Retention{Min: 2, Grace: 7 * 24 * time.Hour}
 	archive := config.WAL{Prefetch: 8, HoleGrace: 30 * time.Second}
 	big := logical
 	big.Databases, big.Jobs, big.RolePasswords, big.StallTimeout = []string{"shop", "2024"}, 4, true, 90*time.Second
@@ -102,8 +103,8 @@ func TestEveryKindOfValueIsRead(t *testing.T) {
 			}},
 		Log: config.Log{Level: config.LogDebug, Format: config.LogJSON},
 		Clusters: map[config.Name]config.Cluster{
-			"main":  {Conninfo: "host=/run/postgresql user=backup", Host: "db1", Logical: big, Physical: gentle, WAL: archive},
-			"other": {Conninfo: "postgresql://backup@db2/postgres", Host: "db2", Logical: logical, Physical: physical, WAL: archive},
+			"main":  {Conninfo: "host=/run/postgresql user=backup", Host: "db1", Logical: big, Physical: gentle, WAL: archive, Retention: keep},
+			"other": {Conninfo: "postgresql://backup@db2/postgres", Host: "db2", Logical: logical, Physical: physical, WAL: archive, Retention: keep},
 		},
 		Schedules: []config.Schedule{{
 			Cluster: "main", Kind: config.KindLogical, Cron: "30 1 * * mon-fri", TimeZone: "Europe/Berlin",
@@ -343,6 +344,9 @@ clusters:
     wal:
       prefetch: 8 # default
       hole_grace: 30s # default
+    retention:
+      min: 2 # default
+      grace: 168h # default
 `
 	if diff := cmp.Diff(want, out.String()); diff != "" {
 		t.Errorf("shown configuration differs (-want +got):\n%s", diff)

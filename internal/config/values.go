@@ -242,12 +242,13 @@ const (
 	KindLogical  Kind = "logical"
 	KindPhysical Kind = "physical"
 	KindWALAudit Kind = "wal-audit" // is the archive of the write-ahead log whole?
+	KindExpire   Kind = "expire"    // remove what retention does not keep
 	// KindRestoreTest restores a backup, and looks whether it is what it should be.
 	KindRestoreTest Kind = "restore-test"
 )
 
 func (k *Kind) UnmarshalText(b []byte) error {
-	return oneOf(k, b, KindLogical, KindPhysical, KindWALAudit, KindRestoreTest)
+	return oneOf(k, b, KindLogical, KindPhysical, KindWALAudit, KindExpire, KindRestoreTest)
 }
 
 // A TestPolicy says which backup is tested, as package proof has it.

@@ -37,6 +37,11 @@ const (
 
 	AlreadyRunning Kind = "already-running"
 
+	Held Kind = "held" // a backup that somebody wants kept
+	// ExpireRefused: what a rule would let go is more, or less certain, than is
+	// removed without asking.
+	ExpireRefused Kind = "expire-refused"
+
 	StoreDown   Kind = "store-down"
 	StoreDenied Kind = "store-denied"
 	StoreUnfit  Kind = "store-unfit" // lacks what create-only needs
@@ -82,6 +87,8 @@ var kinds = map[Kind]row{
 	AlreadyRunning: {exit: 19, means: "another backup of this cluster is running", hint: "pgkeep ps shows the run; wait for it, or stop it with pgkeep cancel"},
 	PageDamage:     {exit: 24, means: "pages of the cluster itself have wrong checksums: the disk, not the backup, is damaged", hint: "pgkeep show names the files and blocks; keep the last clean backup, and look at the disk"},
 	Unreachable:    {exit: 26, means: "the moment to restore to cannot be reached from any backup", hint: "the message names the nearest moments that can be; pgkeep windows shows them all"},
+	Held:           {exit: 27, means: "somebody holds the backup: it is not to be removed", hint: "pgkeep hold list shows why; pgkeep hold remove lifts it"},
+	ExpireRefused:  {exit: 28, means: "nothing was removed: the plan lets go too much at once, or rests on what is not certain", hint: "pgkeep expire shows the plan, and what stands against it"},
 	StoreDown:      {exit: 20, retry: true, means: "the object store does not answer, or says that it is overloaded", hint: "pgkeep keeps trying; check the endpoint, its name in DNS and its certificate"},
 	StoreDenied:    {exit: 21, means: "the object store refuses the credentials or the request", hint: "check the access key and what its policy allows on this bucket and prefix"},
 	StoreUnfit:     {exit: 22, means: "the object store lacks what objects that are never replaced need", hint: "pgkeep needs a store with conditional writes (If-None-Match) and strong reads after writes"},

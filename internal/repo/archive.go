@@ -66,7 +66,7 @@ func (r *Repo) WALObjects(ctx context.Context, a Archive, after pg.WALName) iter
 				yield(WALObject{}, wrap("list", a.dir(), err))
 				return
 			}
-			if strings.HasPrefix(o.Key, a.dir()+"claims/") { // they come last
+			if strings.HasPrefix(o.Key, a.dir()+"claims/") || strings.HasPrefix(o.Key, a.expired()) { // they come last
 				return
 			}
 			n, err := pg.ParseWALName(strings.TrimSuffix(path.Base(o.Key), ".zst"))

@@ -1,6 +1,7 @@
 package repo
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,17 +15,34 @@ import (
 	"github.com/pgkeep/pgkeep/internal/store"
 )
 
-// A tombstone ends a backup: from then on nobody lists it, restores it or
-// builds on it, and what it holds may be removed.
-type tombstone struct {
+// A Tombstone ends a backup: from then on nobody lists it, restores it or
+// builds on it. What it holds may be removed once PurgeAfter has passed; until
+// then Undelete brings it back.
+type Tombstone struct {
 	Header
 	Ref
-	DeletedAt time.Time `json:"deleted_at"`
+	DeletedAt  time.Time `json:"deleted_at"`           // UTC
+	PurgeAfter time.Time `json:"purge_after,omitzero"` // UTC; zero: at once
+	Nonce      string    `json:"nonce,omitempty"`      // tells it from an earlier tombstone of the backup
+	Reasons    []string  `json:"reasons,omitempty"`    // why, for people
 }
 
-const tombstoneName = "deleted.json"
+// A settlement decides once what becomes of a tombstone. Who removes a backup and
+// who brings it back both create it, under one key, before they touch anything:
+// of the two one succeeds, and the other learns it.
+type settlement struct {
+	Header
+	Ref
+	Nonce     string `json:"nonce"`
+	Undeleted bool   `json:"undeleted"` // else what the backup holds is removed
+}
 
-func (r *Repo) tombstone(ctx context.Context, b Ref) (t tombstone, err error) {
+const (
+	tombstoneName    = "deleted.json"
+	settlementPrefix = "settled-"
+)
+
+func (r *Repo) tombstone(ctx context.Context, b Ref) (t Tombstone, err error) {
 	err = r.getSigned(ctx, b.dir()+tombstoneName, "tombstone", &t)
 	if err == nil && t.Ref != b {
 		err = fmt.Errorf("%s%s: is the tombstone of %s of %s: %w", b.dir(), tombstoneName, t.ID, t.Cluster, fail.Corrupt)
@@ -32,57 +50,154 @@ func (r *Repo) tombstone(ctx context.Context, b Ref) (t tombstone, err error) {
 	return t, err
 }
 
-// Delete removes a backup, finished or not, and every object that nobody else
-// needs: packs that another backup refers to stay, and go with the last that
-// does. It also clears away what earlier deletions had to leave. It may be
-// repeated until it succeeds, wherever it was cut, and returns how many objects
-// were removed. Deleting what is not there is fail.NoBackup.
-//
-// A backup that one in progress pins is hidden at once, and removed by a
-// deletion after that one is done.
-func (r *Repo) Delete(ctx context.Context, b Ref, now time.Time) (objects int, err error) {
+// settle decides what becomes of a tombstone, or finds that it is decided.
+func (r *Repo) settle(ctx context.Context, t Tombstone, undelete bool) (undeleted bool, err error) {
+	key := t.dir() + settlementPrefix + cmp.Or(t.Nonce, "0") + ".json"
+	s := settlement{r.access.header("settlement"), t.Ref, t.Nonce, undelete}
+	if err := putSigned(ctx, r.st, r.access, key, s); !errors.Is(err, store.ErrExist) {
+		return undelete, err
+	}
+	if err := r.getSigned(ctx, key, "settlement", &s); err != nil {
+		return false, err
+	}
+	if s.Ref != t.Ref || s.Nonce != t.Nonce {
+		return false, fmt.Errorf("%s: is about another tombstone: %w", key, fail.Corrupt)
+	}
+	return s.Undeleted, nil
+}
+
+// Mark ends a backup, finished or not: it is hidden at once. What it holds stays
+// for so long as grace says, and then goes with the next Sweep. One that is
+// marked already keeps its time. A backup that somebody holds is fail.Held, and
+// one that is not there fail.NoBackup.
+func (r *Repo) Mark(ctx context.Context, b Ref, now time.Time, grace time.Duration, reasons ...string) error {
 	found := false
 	for _, err := range r.st.List(ctx, b.dir(), "") { // packs alone are what others use of a deleted one
 		if err != nil {
-			return 0, wrap("list", b.dir(), err)
+			return wrap("list", b.dir(), err)
 		}
 		found = true
 		break
 	}
 	if !found {
-		return 0, fmt.Errorf("backup %s of cluster %s: %w", b.ID, b.Cluster, fail.NoBackup)
+		return fmt.Errorf("backup %s of cluster %s: %w", b.ID, b.Cluster, fail.NoBackup)
+	}
+	if err := r.unheld(ctx, b); err != nil {
+		return err
 	}
 	if _, err := r.tombstone(ctx, b); errors.Is(err, store.ErrNotExist) {
-		t := tombstone{r.access.header("tombstone"), b, now.UTC().Truncate(time.Second)}
+		t := Tombstone{Header: r.access.header("tombstone"), Ref: b, DeletedAt: now.UTC().Truncate(time.Second), Nonce: randomHex(8), Reasons: reasons}
+		if grace > 0 {
+			t.PurgeAfter = t.DeletedAt.Add(grace)
+		}
 		err = putSigned(ctx, r.st, r.access, b.dir()+tombstoneName, t)
 		if err != nil && !errors.Is(err, store.ErrExist) { // another deletion's is as good
-			return 0, err
+			return err
 		}
 	} else if err != nil {
-		return 0, err
+		return err
 	}
-	if err := r.renewLatest(ctx, b.Cluster); err != nil {
-		return 0, err
+	// Who holds a backup looks for a tombstone after the hold is written: at least
+	// one of the two sees the other.
+	if err := r.unheld(ctx, b); err != nil {
+		return errors.Join(err, r.Undelete(ctx, b))
 	}
-	return r.sweep(ctx, b.Cluster)
+	return r.renewLatest(ctx, b.Cluster)
 }
 
-// sweep removes what tombstones allow: of each deleted backup that nobody pins
-// its packs that nobody needs, then its lists, draft, manifest, intent, and last
-// the tombstone; and packs that deletions before left for others.
+// Undelete brings back a backup that was marked, as long as its removal has not
+// begun. It may be repeated until it succeeds.
+func (r *Repo) Undelete(ctx context.Context, b Ref) error {
+	t, err := r.tombstone(ctx, b)
+	if errors.Is(err, store.ErrNotExist) {
+		return fail.Hint(fmt.Errorf("backup %s of cluster %s is not marked as deleted: %w", b.ID, b.Cluster, fail.NoBackup), "pgkeep expire shows those that can be brought back")
+	}
+	if err != nil {
+		return err
+	}
+	undeleted, err := r.settle(ctx, t, true)
+	if err != nil {
+		return err
+	}
+	if undeleted { // nothing was removed since; of one whose removal was cut at its end, nothing may be left
+		_, err := readAll(ctx, r.st, b.dir()+"manifest.json", maxDocument)
+		if errors.Is(err, store.ErrNotExist) {
+			_, err = readAll(ctx, r.st, b.dir()+"intent.json", maxDocument)
+		}
+		if err != nil && !errors.Is(err, store.ErrNotExist) {
+			return err
+		}
+		undeleted = err == nil
+	}
+	if !undeleted {
+		return fmt.Errorf("backup %s of cluster %s: its removal has begun: %w", b.ID, b.Cluster, fail.NoBackup)
+	}
+	if err := r.st.Delete(ctx, b.dir()+tombstoneName); err != nil {
+		return wrap("delete", b.dir()+tombstoneName, err)
+	}
+	return r.renewLatest(ctx, b.Cluster)
+}
+
+// Delete removes a backup, finished or not, and every object that nobody else
+// needs: packs that another backup refers to stay, and go with the last that
+// does. It also clears away what earlier deletions had to leave. It may be
+// repeated until it succeeds, wherever it was cut, and returns how many objects
+// were removed. Deleting what is not there is fail.NoBackup, and what somebody
+// holds fail.Held.
+//
+// A backup that one in progress pins is hidden at once, and removed by a
+// deletion after that one is done.
+func (r *Repo) Delete(ctx context.Context, b Ref, now time.Time) (objects int, err error) {
+	if err := r.Mark(ctx, b, now, 0); err != nil {
+		return 0, err
+	}
+	s, err := r.sweep(ctx, b.Cluster, now, b.ID)
+	if err == nil && len(s.Refused) > 0 {
+		err = s.Refused[0].err
+	}
+	return s.Objects, err
+}
+
+// Swept is what a Sweep removed.
+type Swept struct {
+	Objects int       `json:"objects"`
+	Backups []ID      `json:"backups,omitempty"` // of which nothing is left but packs that others need
+	Refused []Refused `json:"refused,omitempty"`
+}
+
+// Refused is a deletion that the store denies: for want of a right, or because
+// the object is locked for some time yet. What is left of the backup stays
+// hidden, and the next Sweep tries again.
+type Refused struct {
+	ID  ID     `json:"id"`
+	Why string `json:"why"`
+	err error
+}
+
+// Sweep removes what backups hold that were marked and whose grace has passed at
+// now, and what earlier deletions had to leave for others. It may be repeated,
+// wherever it was cut.
+func (r *Repo) Sweep(ctx context.Context, cluster string, now time.Time) (Swept, error) {
+	return r.sweep(ctx, cluster, now, "")
+}
+
+// sweep removes what tombstones allow, and that of one backup before its time: of
+// each that nobody pins or holds its manifest, its packs that nobody needs, then
+// its lists, draft, intent, and last the tombstone; and packs that deletions
+// before left for others.
 //
 // It may run beside backups and other sweeps, for of two looks the later decides:
 // packs are listed before backups, so that the intent of who wrote them is seen;
 // tombstones are written before it begins, and who takes a backup looks for them
 // after it said what it pins.
-func (r *Repo) sweep(ctx context.Context, cluster string) (removed int, err error) {
+func (r *Repo) sweep(ctx context.Context, cluster string, now time.Time, atOnce ID) (s Swept, err error) {
 	packs, err := r.packsByOwner(ctx, cluster)
 	if err != nil {
-		return 0, err
+		return s, err
 	}
 	all, err := r.standing(ctx, cluster)
 	if err != nil {
-		return 0, err
+		return s, err
 	}
 	pinned := make(map[ID]bool)
 	for _, b := range all {
@@ -92,9 +207,19 @@ func (r *Repo) sweep(ctx context.Context, cluster string) (removed int, err erro
 	}
 	var roots, dead []standing
 	for _, b := range all {
-		if b.deleted && !pinned[b.ID] {
-			dead = append(dead, b)
-			continue
+		due := b.stone != nil && !b.held && !pinned[b.ID] && (b.ID == atOnce || !now.Before(b.stone.PurgeAfter))
+		if due {
+			undeleted, err := r.settle(ctx, *b.stone, false)
+			if err == nil && undeleted { // and cut before it was done
+				err = wrap("delete", b.dir()+tombstoneName, r.st.Delete(ctx, b.dir()+tombstoneName))
+			}
+			if err != nil {
+				return s, err
+			}
+			if !undeleted {
+				dead = append(dead, b)
+				continue
+			}
 		}
 		delete(packs, b.ID) // all that it wrote stays
 		if b.manifest {
@@ -102,27 +227,58 @@ func (r *Repo) sweep(ctx context.Context, cluster string) (removed int, err erro
 		}
 	}
 	if err := r.keepUsed(ctx, roots, packs); err != nil {
-		return 0, err
+		return s, err
 	}
-	for _, id := range slices.Sorted(maps.Keys(packs)) {
-		if err := r.st.Delete(ctx, packs[id]...); err != nil {
-			return removed, wrap("delete packs of", string(id), err)
+	refused := make(map[ID]bool)
+	remove := func(id ID, what string, keys ...string) error {
+		if len(keys) == 0 || refused[id] {
+			return nil
 		}
-		removed += len(packs[id])
+		err := wrap("delete", what, r.st.Delete(ctx, keys...))
+		if errors.Is(err, fail.StoreDenied) {
+			refused[id] = true
+			s.Refused = append(s.Refused, Refused{id, err.Error(), err})
+			return nil
+		}
+		if err == nil {
+			s.Objects += len(keys)
+		}
+		return err
 	}
 	for _, b := range dead {
-		n, err := r.removeDocuments(ctx, b.Ref)
-		if removed += n; err != nil {
-			return removed, err
+		if b.manifest { // without it nothing is a backup, whatever becomes of the tombstone
+			if err := remove(b.ID, b.dir()+"manifest.json", b.dir()+"manifest.json"); err != nil {
+				return s, err
+			}
 		}
 	}
-	return removed, nil
+	for _, id := range slices.Sorted(maps.Keys(packs)) {
+		if err := remove(id, "packs of "+string(id), packs[id]...); err != nil {
+			return s, err
+		}
+	}
+	for _, b := range dead {
+		keys, err := r.documents(ctx, b.Ref)
+		if err != nil {
+			return s, err
+		}
+		for _, some := range keys {
+			if err := remove(b.ID, "documents of "+string(b.ID), some...); err != nil {
+				return s, err
+			}
+		}
+		if !refused[b.ID] {
+			s.Backups = append(s.Backups, b.ID)
+		}
+	}
+	return s, nil
 }
 
 // A standing is a backup of which there are documents.
 type standing struct {
 	Ref
-	deleted  bool // there is a tombstone
+	stone    *Tombstone // nil: it is not deleted
+	held     bool
 	manifest bool
 	pins     []ID // of one in progress
 }
@@ -162,16 +318,20 @@ func (r *Repo) standing(ctx context.Context, cluster string) (all []standing, er
 		case "manifest.json":
 			b.manifest = true
 		case tombstoneName:
-			_, err := r.tombstone(ctx, b.Ref)
-			if err != nil && !damaged(err) {
+			t, err := r.tombstone(ctx, b.Ref)
+			switch {
+			case err == nil:
+				b.stone = &t
+			case !damaged(err): // gone since: it is brought back, or nothing is left of it
 				return nil, err
 			}
-			b.deleted = err == nil || errors.Is(err, store.ErrNotExist)
+		default:
+			b.held = b.held || strings.HasPrefix(name, holdPrefix)
 		}
 	}
 	for i := range all {
 		b := &all[i]
-		if b.deleted || b.manifest {
+		if b.stone != nil || b.manifest {
 			continue // its own packs and its trees say what it needs; or it needs nothing
 		}
 		var in Intent
@@ -247,28 +407,26 @@ func (r *Repo) eachPack(ctx context.Context, part Part, backup ID, f func(Pack))
 	return err
 }
 
-// removeDocuments removes what describes a deleted backup, the tombstone last.
-func (r *Repo) removeDocuments(ctx context.Context, b Ref) (removed int, err error) {
-	var keys []string
+// documents are the keys of what describes a deleted backup, in the order in
+// which they are to be removed: the tombstone comes last.
+func (r *Repo) documents(ctx context.Context, b Ref) (keys [][]string, err error) {
+	var names []string
 	for o, err := range r.st.List(ctx, b.dir(), "") {
 		if err != nil {
-			return 0, wrap("list", b.dir(), err)
+			return nil, wrap("list", b.dir(), err)
 		}
-		keys = append(keys, strings.TrimPrefix(o.Key, b.dir()))
+		names = append(names, strings.TrimPrefix(o.Key, b.dir()))
 	}
-	for _, first := range []string{"tree-", "draft", "manifest", "intent", "", tombstoneName} { // "": whatever else there is
+	for _, first := range []string{"manifest", "tree-", "draft", "intent", "", tombstoneName} { // "": whatever else there is
 		var some []string
-		keys = slices.DeleteFunc(keys, func(name string) bool {
+		names = slices.DeleteFunc(names, func(name string) bool {
 			if !strings.HasPrefix(name, first) || first != tombstoneName && name == tombstoneName {
 				return false
 			}
 			some = append(some, b.dir()+name)
 			return true
 		})
-		if err := r.st.Delete(ctx, some...); err != nil {
-			return removed, wrap("delete", b.dir()+first, err)
-		}
-		removed += len(some)
+		keys = append(keys, some)
 	}
-	return removed, nil
+	return keys, nil
 }

@@ -168,6 +168,10 @@ func (s Schedule) options() client.ScheduleOptions {
 	if s.Kind == workflows.KindRestoreTest {
 		action.StaticSummary = "scheduled restore test of " + s.Cluster
 	}
+	if s.Kind == workflows.KindExpire { // of two at once, each may do what the other began
+		action.Workflow, action.Args = workflows.ExpireName, []any{workflows.ExpireRequest{Cluster: s.Cluster, Host: s.Host}}
+		action.StaticSummary = "scheduled expiry of " + s.Cluster
+	}
 	if s.Searchable {
 		action.TypedSearchAttributes = temporal.NewSearchAttributes(
 			workflows.PgkeepCluster.ValueSet(s.Cluster), workflows.PgkeepKind.ValueSet(s.Kind))

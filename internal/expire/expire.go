@@ -1,0 +1,176 @@
+// Package expire lets go of what retention says nobody needs: backups first, by
+// a mark that can be taken back, then what they held and the log behind them.
+package expire
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/audit"
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/retention"
+)
+
+// An Expirer expires one cluster. All of its fields but Grace are required.
+type Expirer struct {
+	Name   string // of the cluster
+	Policy retention.Policy
+	// Grace is for how long a backup that was let go can be brought back. 0: it
+	// goes at once.
+	Grace time.Duration
+	Open  func(context.Context) (*repo.Repo, error) // the repository
+}
+
+// Plan says what would go now.
+func (x *Expirer) Plan(ctx context.Context) (retention.Plan, error) {
+	r, err := x.Open(ctx)
+	if err != nil {
+		return retention.Plan{}, err
+	}
+	return x.plan(ctx, r, time.Now())
+}
+
+func (x *Expirer) plan(ctx context.Context, r *repo.Repo, now time.Time) (retention.Plan, error) {
+	f, err := Gather(ctx, r, x.Name, now)
+	if err != nil {
+		return retention.Plan{}, fmt.Errorf("expire %s: %w", x.Name, err)
+	}
+	return retention.Decide(x.Policy, f), nil
+}
+
+// Gather reads all that a decision about a cluster rests on. Backups are read
+// before the archives: what the newest of them needs is archived by then.
+func Gather(ctx context.Context, r *repo.Repo, cluster string, now time.Time) (retention.Facts, error) {
+	f := retention.Facts{Cluster: cluster, Now: now, Damage: make(map[repo.Archive]error)}
+	var err error
+	if f.Backups, err = r.Records(ctx, cluster); err != nil {
+		return f, err
+	}
+	archives, err := r.Archives(ctx, cluster)
+	if err != nil {
+		return f, err
+	}
+	for _, a := range archives {
+		l, _, err := audit.Survey(ctx, r, a, audit.Ledger{})
+		switch {
+		case err == nil:
+		case audit.Damaged(err):
+			f.Damage[a] = err
+		default:
+			return f, err
+		}
+		f.Archives = append(f.Archives, l)
+	}
+	return f, nil
+}
+
+// An Order is what somebody agreed to.
+type Order struct {
+	// Backups may be let go, those of a plan; others are not, whatever is due by now.
+	Backups []repo.ID
+	// Confirm is the number that a large plan demands; see retention.Plan.
+	Confirm int
+}
+
+// Done is what Apply did.
+type Done struct {
+	Marked []repo.ID    `json:"marked,omitempty"` // backups that were let go
+	Swept  repo.Swept   `json:"swept"`            // what was removed of those whose grace had passed
+	WAL    []RemovedWAL `json:"wal,omitempty"`
+}
+
+// RemovedWAL is what was removed of an archive.
+type RemovedWAL struct {
+	repo.Archive
+	repo.RemovedWAL
+}
+
+// Refused says what the store did not let go, in words; none: nothing.
+func (d Done) Refused() (why []string) {
+	for _, b := range d.Swept.Refused {
+		why = append(why, fmt.Sprintf("backup %s: %s", b.ID, b.Why))
+	}
+	for _, w := range d.WAL {
+		if w.RemovedWAL.Refused != nil {
+			why = append(why, fmt.Sprintf("log of system %v: %s", w.System, w.RemovedWAL.Refused.Why))
+		}
+	}
+	return why
+}
+
+// Apply decides anew and carries that out, as far as it was ordered. It may be
+// repeated, wherever it was cut. What the store refuses to remove is told, and
+// tried again by the next.
+//
+// The order of things is what keeps every listed backup whole: marks first; then
+// what marked backups hold; and of the log only what no backup needs that has a
+// manifest still, after it is recorded that it may be missing.
+func (x *Expirer) Apply(ctx context.Context, o Order) (done Done, err error) {
+	r, err := x.Open(ctx)
+	if err != nil {
+		return done, err
+	}
+	return x.apply(ctx, r, o, time.Now)
+}
+
+func (x *Expirer) apply(ctx context.Context, r *repo.Repo, o Order, now func() time.Time) (done Done, err error) {
+	p, err := x.plan(ctx, r, now())
+	if err != nil {
+		return done, err
+	}
+	if err := p.Err(o.Confirm); err != nil {
+		return done, err
+	}
+	if x.Policy.IsZero() {
+		return done, nil
+	}
+	ahead, err := r.StoreClock(ctx, x.Name, now)
+	if err != nil {
+		return done, fmt.Errorf("expire %s: %w", x.Name, err)
+	}
+	if ahead.Abs() > retention.Skew {
+		return done, fmt.Errorf("expire %s: the store's clock is ahead by %v: %w", x.Name, ahead.Round(time.Second), fail.ClockSkew)
+	}
+	for _, v := range p.Backups {
+		if v.Keep || v.Deleted || !slices.Contains(o.Backups, v.ID) {
+			continue
+		}
+		err := r.Mark(ctx, repo.Ref{Cluster: x.Name, ID: v.ID}, now(), x.Grace, v.Reasons...)
+		switch {
+		case err == nil:
+			done.Marked = append(done.Marked, v.ID)
+		case !errors.Is(err, fail.Held) && !errors.Is(err, fail.NoBackup): // somebody was faster
+			return done, fmt.Errorf("expire %s: %w", x.Name, err)
+		}
+	}
+	if done.Swept, err = r.Sweep(ctx, x.Name, now()); err != nil {
+		return done, fmt.Errorf("expire %s: %w", x.Name, err)
+	}
+	if p, err = x.plan(ctx, r, now()); err != nil { // what is left
+		return done, err
+	}
+	if len(p.Against) > 0 {
+		return done, p.Err(0)
+	}
+	for _, w := range p.WAL {
+		if len(w.Floors) == 0 {
+			continue
+		}
+		_, err := r.RaiseFloors(ctx, w.Archive, w.Floors, now())
+		if err != nil {
+			return done, fmt.Errorf("expire %s: %w", x.Name, err)
+		}
+		removed, err := r.RemoveWAL(ctx, w.Archive, w.SegmentSize, w.Needed)
+		if removed.Objects > 0 || removed.Refused != nil {
+			done.WAL = append(done.WAL, RemovedWAL{w.Archive, removed})
+		}
+		if err != nil {
+			return done, fmt.Errorf("expire %s: %w", x.Name, err)
+		}
+	}
+	return done, nil
+}

@@ -1,0 +1,26 @@
+package expire
+
+import (
+	"context"
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/retention"
+)
+
+// PlanAt is Plan at some time.
+func (x *Expirer) PlanAt(ctx context.Context, now time.Time) (retention.Plan, error) {
+	r, err := x.Open(ctx)
+	if err != nil {
+		return retention.Plan{}, err
+	}
+	return x.plan(ctx, r, now)
+}
+
+// ApplyAt is Apply at some time.
+func (x *Expirer) ApplyAt(ctx context.Context, o Order, now time.Time) (Done, error) {
+	r, err := x.Open(ctx)
+	if err != nil {
+		return Done{}, err
+	}
+	return x.apply(ctx, r, o, func() time.Time { return now })
+}
