@@ -17,7 +17,7 @@ export GOFLAGS     := $(GOFLAGS) -trimpath
 # Options of the program behind a target: make bench-wal ARGS='-replay 20'
 ARGS ?=
 
-.PHONY: help check test fuzz update demo bench bench-wal reliability build clean setup
+.PHONY: help check test fuzz update demo chaos bench bench-wal reliability build clean setup
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,11 @@ test: setup ## every test, on a real PostgreSQL, S3 and Temporal, with the race 
 fuzz: ## every fuzz test for FUZZTIME (30s)
 	@grep -roE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]+' . | sed 's/\/[^/]*:func / /' | \
 	while read -r pkg name; do go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$pkg" || exit; done
+
+chaos: setup ## the campaigns that make test runs a little of: kills everywhere, damage, histories, targets (hours)
+	go test -timeout 0 -v -run 'Histories|Damage|Memory' ./internal/repo -histories 1500 -damages 1500 -scale 50
+	go test -timeout 0 -v -run 'EveryTarget|NoDamage' ./internal/restore -targets 300 -mutations 300
+	PGKEEP_TEST_KILLS=all go test -timeout 0 -v -run 'Kill' ./cmd/pgkeep-wal -kill-everywhere
 
 update: ## write the files that tests compare with the code
 	go test $$(grep -rlE --include='*_test.go' 'flag\.Bool\("update"' . | xargs -n1 dirname | sort -u) -update

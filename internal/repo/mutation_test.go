@@ -2,6 +2,7 @@ package repo_test
 
 import (
 	"bytes"
+	"flag"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -14,6 +15,8 @@ import (
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/store"
 )
+
+var damages = flag.Int("damages", 50, "damage each of two repositories `NUMBER` times")
 
 // Objects of a bucket that are lost, swapped, cut, lengthened, flipped, or put
 // back as they were: reading refuses, or gives what was stored, never another
@@ -37,7 +40,7 @@ func TestDamageNeverGivesAWrongByte(t *testing.T) {
 		good := objects(t, b.st)
 		keys := slices.Sorted(maps.Keys(good))
 		packs := slices.DeleteFunc(slices.Clone(keys), func(k string) bool { return !strings.HasSuffix(k, ".pack") })
-		for range 150 {
+		for range *damages {
 			bad, what := maps.Clone(good), ""
 			for range 1 + rnd.IntN(3) {
 				from := keys
@@ -86,7 +89,7 @@ func TestDamageNeverGivesAWrongByte(t *testing.T) {
 			}
 		}
 	}
-	if refused < 300 {
+	if refused < 2**damages {
 		t.Errorf("only %d refusals: is anything damaged?", refused)
 	}
 }

@@ -17,7 +17,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/restore"
 )
 
-var mutations = flag.Int("mutations", 15, "damage the repository `NUMBER` times")
+var mutations = flag.Int("mutations", 8, "damage the repository `NUMBER` times")
 
 // P26, F109: whatever happens to three objects of the bucket, a restore refuses,
 // or what it makes is what the backup was, to the byte.
