@@ -253,7 +253,19 @@ func TestDeltaMakesAnOldDirectoryWhatTheBackupWas(t *testing.T) {
 	must(os.WriteFile(at("pg_stat/pgstat.stat"), []byte("old"), 0o600))
 	must(os.WriteFile(at("standby.signal"), nil, 0o600))
 	must(os.WriteFile(at("postmaster.pid"), []byte("999999999\n"), 0o600)) // of a server that died
-	must(os.WriteFile(filepath.Join(filepath.Dir(p.Dir), "space/other"), []byte("not ours"), 0o600))
+	other := filepath.Join(filepath.Dir(p.Dir), "space/other")
+	must(os.Mkdir(other, 0o755))
+	must(os.WriteFile(filepath.Join(other, "file"), []byte("not ours"), 0o644)) // of root, if we are
+	owners := func() (all [2]string) {
+		t.Helper()
+		for i, name := range []string{other, filepath.Join(other, "file")} {
+			info, err := os.Stat(name)
+			must(err)
+			all[i] = fmt.Sprint(info.Mode(), info.Sys().(*syscall.Stat_t).Uid)
+		}
+		return all
+	}
+	foreign := owners()
 
 	p.Delta = true
 	plan := s.restored(p)
@@ -267,10 +279,13 @@ func TestDeltaMakesAnOldDirectoryWhatTheBackupWas(t *testing.T) {
 	if got := tree(t, outside); len(got) != 2 || !strings.HasSuffix(got[filepath.Join(outside, "keep")], "me") {
 		t.Errorf("outside is now %q", got)
 	}
-	if b, err := os.ReadFile(filepath.Join(filepath.Dir(p.Dir), "space/other")); err != nil || string(b) != "not ours" {
+	if b, err := os.ReadFile(filepath.Join(other, "file")); err != nil || string(b) != "not ours" {
 		t.Errorf("what stood beside ours in the tablespace: %q (%v)", b, err)
 	}
-	must(os.Remove(filepath.Join(filepath.Dir(p.Dir), "space/other")))
+	if diff := cmp.Diff(foreign, owners()); diff != "" {
+		t.Errorf("what stood beside ours in the tablespace: %s", diff)
+	}
+	must(os.RemoveAll(other))
 	s.sound(p)
 }
 

@@ -86,7 +86,8 @@ type PhysicalPlan struct {
 	resolved Resolved
 	source   string // the data directory that the backup is of; "": not known
 	owner    owner
-	group    fs.FileMode // what the group may do with directories, as at the source
+	tops     map[string][]string // by OID: what stands in the tablespace's directory; others may keep theirs there
+	group    fs.FileMode         // what the group may do with directories, as at the source
 }
 
 // A Moment is a record of the log.
@@ -243,9 +244,15 @@ func (p Physical) planFiles(ctx context.Context, plan *PhysicalPlan) error {
 	m := plan.resolved.Backup
 	var control, label bool
 	need := make(map[string]int64) // by root
+	plan.tops = make(map[string][]string)
 	err := entries(ctx, p.Repo, m, func(e repo.Entry) error {
 		root, rest := split(e.Path)
 		need[root] += e.Size
+		if oid, ok := strings.CutPrefix(root, spacesRoot); ok && rest != "" {
+			if top, _, _ := strings.Cut(rest, "/"); !slices.Contains(plan.tops[oid], top) {
+				plan.tops[oid] = append(plan.tops[oid], top)
+			}
+		}
 		switch {
 		case e.Path == dataRoot:
 			if e.Mode&0o050 == 0o050 {

@@ -373,11 +373,17 @@ func (p Physical) checkSpace(plan *PhysicalPlan) error {
 		v.need += s.Need
 		v.dirs = append(v.dirs, s.Dir)
 		if plan.State != New {
-			used, err := usedBy(s.Dir)
-			if err != nil {
-				return err
+			tops := []string{"."}
+			if i > 0 {
+				tops = plan.tops[plan.Tablespaces[i-1].OID]
 			}
-			v.need -= used
+			for _, top := range tops {
+				used, err := usedBy(filepath.Join(s.Dir, top))
+				if err != nil {
+					return err
+				}
+				v.need -= used
+			}
 		}
 	}
 	for _, v := range volumes {

@@ -357,38 +357,57 @@ func (r *run) ranges() []pgdata.WALRange {
 // directory for itself, or for its group to read (checkDataDir in
 // utils/init/miscinit.c).
 func (r *run) own() error {
-	for _, root := range r.layout.all() {
-		err := fs.WalkDir(root.FS(), ".", func(name string, d fs.DirEntry, err error) error {
-			if err != nil {
-				return err
-			}
-			if d.Type()&fs.ModeSymlink != 0 {
-				if r.plan.owner.name != "" {
-					return root.Lchown(name, r.plan.owner.uid, r.plan.owner.gid)
-				}
-				return nil
-			}
-			mode := 0o600 | r.plan.group&0o040
-			if d.IsDir() {
-				mode = 0o700 | r.plan.group
-			}
-			info, err := d.Info()
-			if err != nil {
-				return err
-			}
-			if info.Mode().Perm() != mode {
-				if err := root.Chmod(name, mode); err != nil {
-					return err
-				}
-			}
-			if r.plan.owner.name != "" {
-				return root.Lchown(name, r.plan.owner.uid, r.plan.owner.gid)
-			}
-			return nil
-		})
+	roots := []*os.Root{r.layout.data}
+	if r.layout.config != nil {
+		roots = append(roots, r.layout.config)
+	}
+	for _, root := range roots {
+		if err := r.ownBelow(root, "."); err != nil {
+			return err
+		}
+	}
+	for oid, root := range r.layout.spaces {
+		info, err := root.Lstat(".")
+		if err == nil {
+			err = r.ownOne(root, ".", info)
+		}
 		if err != nil {
 			return err
 		}
+		for _, top := range r.plan.tops[oid] { // others may keep their files beside ours
+			if err := r.ownBelow(root, top); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (r *run) ownBelow(root *os.Root, below string) error {
+	return fs.WalkDir(root.FS(), below, func(name string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		return r.ownOne(root, name, info)
+	})
+}
+
+func (r *run) ownOne(root *os.Root, name string, info fs.FileInfo) error {
+	mode := 0o600 | r.plan.group&0o040
+	if info.IsDir() {
+		mode = 0o700 | r.plan.group
+	}
+	if info.Mode()&fs.ModeSymlink == 0 && info.Mode().Perm() != mode {
+		if err := root.Chmod(name, mode); err != nil {
+			return err
+		}
+	}
+	if r.plan.owner.name != "" {
+		return root.Lchown(name, r.plan.owner.uid, r.plan.owner.gid)
 	}
 	return nil
 }
