@@ -56,7 +56,8 @@ func momentFlags() []cli.Flag {
 
 type dirOptions struct {
 	Cluster, Backup, Host    string
-	Dir, ConfigDir, Owner    string
+	Dir, Owner               string
+	ConfigDir                *string // nil: not given
 	Time, LSN, XID, Name     *string // at most one, or Immediate; nil: not given
 	Immediate, Exclusive     bool
 	Timeline, Action         string
@@ -68,7 +69,7 @@ type dirOptions struct {
 func dirOptionsOf(c *cli.Context) dirOptions {
 	return dirOptions{
 		Cluster: c.String("cluster"), Backup: c.Args().First(), Host: c.String("host"),
-		Dir: c.String("target-dir"), ConfigDir: c.String("config-dir"), Owner: c.String("owner"),
+		Dir: c.String("target-dir"), ConfigDir: given(c, "config-dir"), Owner: c.String("owner"),
 		Time: given(c, "to-time"), LSN: given(c, "to-lsn"), XID: given(c, "to-xid"), Name: given(c, "to-name"),
 		Immediate: c.Bool("immediate"), Exclusive: c.Bool("exclusive"), Timeline: c.String("timeline"), Action: c.String("target-action"),
 		Standby: c.Bool("standby"), Delta: c.Bool("delta"), Takeover: c.Bool("takeover"),
@@ -77,7 +78,7 @@ func dirOptionsOf(c *cli.Context) dirOptions {
 }
 
 // given is the value of a flag, nil if it is not there: an empty one is no
-// moment, and not the latest.
+// moment, and not the latest; nor is it a directory.
 func given(c *cli.Context, flag string) *string {
 	if !c.IsSet(flag) {
 		return nil
@@ -140,7 +141,19 @@ func (opt dirOptions) target() (t restore.Target, err error) {
 
 // request turns options into what is asked for.
 func (opt dirOptions) request() (q activities.RestoreRequest, err error) {
-	q = activities.RestoreRequest{Dir: opt.Dir, ConfigDir: opt.ConfigDir, Owner: opt.Owner,
+	for _, d := range []struct {
+		flag string
+		dir  *string
+	}{{"--target-dir", &opt.Dir}, {"--config-dir", opt.ConfigDir}} {
+		switch {
+		case d.dir == nil:
+		case *d.dir == "":
+			return q, fail.Hint(config.Errorf("%s is empty", d.flag), "name a directory; is a variable of the shell not set?")
+		case opt.Host != "" && !filepath.IsAbs(*d.dir):
+			return q, config.Errorf("%s %s: on another host, want an absolute path", d.flag, *d.dir)
+		}
+	}
+	q = activities.RestoreRequest{Owner: opt.Owner,
 		Standby: opt.Standby, Delta: opt.Delta, Takeover: opt.Takeover, Tablespaces: make(map[string]string)}
 	if q.Target, err = opt.target(); err != nil {
 		return q, err
@@ -148,11 +161,8 @@ func (opt dirOptions) request() (q activities.RestoreRequest, err error) {
 	if q.Action, err = restore.ParseAction(opt.Action); err != nil {
 		return q, err
 	}
-	if opt.Host != "" && !filepath.IsAbs(opt.Dir) {
-		return q, config.Errorf("--target-dir %s: on another host, want an absolute path", opt.Dir)
-	}
-	if q.Dir, err = filepath.Abs(opt.Dir); err == nil && opt.ConfigDir != "" {
-		q.ConfigDir, err = filepath.Abs(opt.ConfigDir)
+	if q.Dir, err = filepath.Abs(opt.Dir); err == nil && opt.ConfigDir != nil {
+		q.ConfigDir, err = filepath.Abs(*opt.ConfigDir)
 	}
 	if err != nil {
 		return q, err

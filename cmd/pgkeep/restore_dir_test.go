@@ -86,6 +86,8 @@ func TestRestoreRefusesWhatIsMeantForTheOtherKind(t *testing.T) {
 		"--target-dir /d --to-time ''": "not of a form that is known",
 		"--target-dir /d --to-time yesterday --immediate": "",
 		"--target-dir /d --tablespace-map 16=relative":    "absolute paths",
+		"--target-dir ''":                 "--target-dir is empty",
+		"--target-dir /d --config-dir ''": "--config-dir is empty",
 	} {
 		args := []string{"restore"}
 		for word := range strings.FieldsSeq(line) {
