@@ -4,6 +4,8 @@ import (
 	"context"
 	"time"
 
+	"go.temporal.io/sdk/activity"
+
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/restore"
 )
@@ -53,7 +55,7 @@ func (r *Restorer) PlanRestore(ctx context.Context, req RestoreRequest) (res Pla
 }
 
 // RestoreFiles makes the data directory. Another try goes on from where the last
-// one was cut.
+// one was cut, and leaves alone what the last one has finished.
 func (r *Restorer) RestoreFiles(ctx context.Context, req RestoreRequest) error {
 	grace := r.Grace
 	if grace == 0 {
@@ -62,6 +64,10 @@ func (r *Restorer) RestoreFiles(ctx context.Context, req RestoreRequest) error {
 	return watched(ctx, "restore", grace, planning, func(ctx context.Context, moved moved) error {
 		p, err := r.Prepare(ctx, req)
 		if err != nil {
+			return err
+		}
+		p.Job = activity.GetInfo(ctx).WorkflowExecution.RunID
+		if done, err := p.Done(); done || err != nil {
 			return err
 		}
 		plan, err := p.Plan(ctx)

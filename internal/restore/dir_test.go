@@ -395,8 +395,38 @@ func TestConfigurationFromOutsideComesBackBesideTheDirectory(t *testing.T) {
 	if err := os.WriteFile(closed, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	for what, dir := range map[string]string{"in the data directory": p.Dir + "/etc", "above a tablespace": filepath.Dir(p.Dir), "a tablespace": p.Tablespaces[s.space]} {
+		q := p
+		q.ConfigDir = dir
+		if _, err := q.Plan(t.Context()); !errors.Is(err, fail.BadConfig) || !strings.Contains(fail.HintOf(err), "--config-dir") {
+			t.Errorf("%s: %v; %s", what, err, fail.HintOf(err))
+		}
+	}
+	// One that was cut off goes on, if it puts the configuration where it did before.
+	plan, err := p.Plan(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Progress = func(string, int64, int64) { // the signal file, which comes late, cannot be made
+		if err := os.MkdirAll(filepath.Join(p.Dir, "recovery.signal/x"), 0o700); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := p.Run(t.Context(), plan); err == nil {
+		t.Fatal("the test has lost its point")
+	}
+	p.Progress = nil
+	if names, err := os.ReadDir(p.ConfigDir); err != nil || len(names) == 0 {
+		t.Fatalf("the configuration is not there yet (%v): the test has lost its point", err)
+	}
+	q := p
+	q.ConfigDir = s.mkdir("held")
+	s.write("held/keep", "me")
+	if _, err := q.Plan(t.Context()); !errors.Is(err, fail.NotEmpty) {
+		t.Errorf("elsewhere: %v", err)
+	}
 	p.Needs = []string{s.config, closed}
-	plan := s.restored(p)
+	plan = s.restored(p)
 	if closedTo := os.Getuid() == 0; closedTo != (len(plan.Notes) == 1 && strings.Contains(plan.Notes[0], "closed.yaml, and may not read it")) {
 		t.Errorf("notes are %q", plan.Notes)
 	}

@@ -51,6 +51,10 @@ type Physical struct {
 	// archiving, replication and subscriptions. Otherwise these are turned off.
 	Takeover bool
 
+	// Job names what asks for the restore. Done knows by it what this job has
+	// finished already. "": nobody asks again.
+	Job string
+
 	Readers  int                                   // packs read at a time; 0: 3
 	Progress func(stage string, done, total int64) // bytes; may be nil, and be called from several goroutines
 }
@@ -85,6 +89,7 @@ type PhysicalPlan struct {
 
 	resolved Resolved
 	source   string // the data directory that the backup is of; "": not known
+	inPlace  bool   // there are tablespaces that stand in pg_tblspc itself
 	owner    owner
 	tops     map[string][]string // by OID: what stands in the tablespace's directory; others may keep theirs there
 	group    fs.FileMode         // what the group may do with directories, as at the source
@@ -165,12 +170,18 @@ func (p *Physical) check() error {
 	case p.Standby && p.Target.Kind != Latest:
 		return bad("a standby follows the archive to its end; %v is not", p.Target)
 	}
+	if p.ConfigDir != "" && !filepath.IsAbs(p.ConfigDir) {
+		return bad("directory of the configuration %q: want an absolute path", p.ConfigDir)
+	}
 	for from, to := range p.Tablespaces {
 		if !filepath.IsAbs(to) {
 			return bad("tablespace %s=%s: want an absolute path", from, to)
 		}
 	}
 	p.Dir = filepath.Clean(p.Dir)
+	if p.ConfigDir != "" {
+		p.ConfigDir = filepath.Clean(p.ConfigDir)
+	}
 	if p.Action == "" {
 		p.Action = Pause
 	}

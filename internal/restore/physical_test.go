@@ -275,6 +275,7 @@ func seqs(t testing.TB, p *lab.Postgres) []int32 {
 // PostgreSQL's own pg_verifybackup finds nothing.
 func TestARestoredClusterIsWhole(t *testing.T) {
 	s := newSite(t)
+	s.exec("SET allow_in_place_tablespaces = on", "CREATE TABLESPACE inside LOCATION ''", "CREATE TABLE near TABLESPACE inside AS SELECT generate_series(1, 10)")
 	s.rows(30)
 	s.take()
 	s.rows(30)
@@ -295,6 +296,9 @@ func TestARestoredClusterIsWhole(t *testing.T) {
 	}
 	if n := query[int](t, server, "SELECT count(*) FROM far"); n != 1000 {
 		t.Errorf("%d rows in the other tablespace", n)
+	}
+	if n := query[int](t, server, "SELECT count(*) FROM near"); n != 10 {
+		t.Errorf("%d rows in the tablespace inside of the data directory", n)
 	}
 	if dir := query[string](t, server, "SELECT pg_tablespace_location(oid) FROM pg_tablespace WHERE spcname = 'elsewhere'"); dir != filepath.Join(s.dir, "whole/space") {
 		t.Errorf("the tablespace is at %s", dir)

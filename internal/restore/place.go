@@ -34,6 +34,7 @@ const (
 	mapFile     = "tablespace_map"
 	autoConf    = "postgresql.auto.conf"
 	markerFile  = "pgkeep.restoring"
+	doneFile    = "pg_wal/pgkeep.restored" // there neither the server nor pg_verifybackup minds it
 )
 
 // split takes the root off a path of the tree: "data", "tablespaces/<oid>" or
@@ -69,6 +70,8 @@ type marker struct {
 	repo.Ref
 	System      pg.SystemID       `json:"system_id"`
 	Tablespaces map[string]string `json:"tablespaces,omitempty"` // by OID
+	ConfigDir   string            `json:"config_dir,omitempty"`
+	Run         string            `json:"run"` // of each attempt another
 }
 
 // planPlaces looks at where things go, and refuses what is in the way.
@@ -94,8 +97,8 @@ func (p Physical) planPlaces(plan *PhysicalPlan) error {
 		}
 	}
 	if p.ConfigDir != "" {
-		if _, empty, err := emptyDir(p.ConfigDir); err != nil || !empty {
-			return errors.Join(err, notEmpty(p.ConfigDir, "--config-dir wants a directory of its own", empty))
+		if err := p.planConfigDir(plan, append(taken, p.Dir)); err != nil {
+			return err
 		}
 	} else if len(plan.Config) > 0 {
 		plan.Notes = append(plan.Notes, fmt.Sprintf("%d files of the configuration stood outside of the data directory and are left out; --config-dir brings them back", len(plan.Config)))
@@ -144,11 +147,23 @@ func (o owner) cannotRead(name string) string {
 	return allowed(name, 4)
 }
 
-func notEmpty(dir, hint string, empty bool) error {
-	if empty {
+// planConfigDir refuses a directory that holds something, unless the unfinished
+// restore has put it there, and one that is the place of something else.
+func (p Physical) planConfigDir(plan *PhysicalPlan, taken []string) error {
+	const own = "--config-dir wants a directory of its own"
+	for _, other := range taken {
+		if within(p.ConfigDir, other) || within(other, p.ConfigDir) {
+			return fail.Hint(fmt.Errorf("restore: the configuration would be at %s, and %s is the place of something else: %w", p.ConfigDir, other, fail.BadConfig), own)
+		}
+	}
+	_, empty, err := emptyDir(p.ConfigDir)
+	if err != nil || empty {
+		return err
+	}
+	if have, err := readMarker(p.Dir); err == nil && plan.State == Unfinished && have.ConfigDir == p.ConfigDir {
 		return nil
 	}
-	return fail.Hint(fmt.Errorf("restore: %s is not empty: %w", dir, fail.NotEmpty), hint)
+	return fail.Hint(fmt.Errorf("restore: %s is not empty: %w", p.ConfigDir, fail.NotEmpty), own)
 }
 
 // emptyDir reports whether a directory is there, and whether it is empty or
@@ -421,6 +436,24 @@ type layout struct {
 	data   *os.Root
 	spaces map[string]*os.Root // by OID
 	config *os.Root            // nil: left out
+	held   []*os.File          // the same, data first, open since before the first write
+}
+
+// open opens a directory, which it makes if it is not there.
+func (l *layout) open(dir string) (*os.Root, error) {
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, err
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	held, err := root.Open(".")
+	if err != nil {
+		return nil, errors.Join(err, root.Close())
+	}
+	l.held = append(l.held, held)
+	return root, nil
 }
 
 // place says where an entry of the tree goes. Not ok: nowhere; links to
@@ -457,6 +490,9 @@ var ours = []string{"recovery.signal", "standby.signal", "postmaster.pid", "post
 func (l layout) close() {
 	for _, r := range l.all() {
 		r.Close()
+	}
+	for _, f := range l.held {
+		f.Close()
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -35,15 +37,11 @@ func (p Physical) Run(ctx context.Context, plan PhysicalPlan) (rep repo.Report, 
 	if err := p.allow(plan); err != nil {
 		return rep, err
 	}
-	again := plan // the directory may have changed since
-	if err := p.planDir(&again); err != nil {
-		return rep, err
-	}
-	if again.State != plan.State {
-		return rep, fmt.Errorf("restore: %s has changed since the plan was made, from %s to %s: %w", p.Dir, plan.State, again.State, fail.NotEmpty)
-	}
 	r := run{Physical: p, plan: plan}
 	defer func() { r.layout.close() }()
+	if err := r.take(); err != nil {
+		return rep, err
+	}
 	if err := r.begin(); err != nil {
 		return rep, fmt.Errorf("restore into %s: %w", p.Dir, err)
 	}
@@ -60,28 +58,98 @@ type run struct {
 	Physical
 	plan   PhysicalPlan
 	layout layout
+	marker []byte // as it stands in the directory
+}
+
+// take opens the data directory and locks it: two restores at a time would
+// remove each other's files. The lock goes with us, whatever becomes of us.
+func (r *run) take() (err error) {
+	if err := r.unchanged(); err != nil {
+		return err
+	}
+	if r.layout.data, err = r.layout.open(r.Dir); err != nil {
+		return fmt.Errorf("restore: %w", err)
+	}
+	switch err := unix.Flock(int(r.layout.held[0].Fd()), unix.LOCK_EX|unix.LOCK_NB); {
+	case errors.Is(err, unix.EWOULDBLOCK):
+		return fail.Hint(fmt.Errorf("restore: another one into %s goes on: %w", r.Dir, fail.AlreadyRunning), "wait for it, or stop it")
+	case err != nil:
+		return fmt.Errorf("restore: lock %s: %w", r.Dir, err)
+	}
+	return r.unchanged()
+}
+
+// unchanged finds out whether the directory still is as it was for the plan.
+func (r *run) unchanged() error {
+	now := r.plan
+	if err := r.planDir(&now); err != nil {
+		return err
+	}
+	if now.State != r.plan.State {
+		return fmt.Errorf("restore: %s has changed since the plan was made, from %s to %s: %w", r.Dir, r.plan.State, now.State, fail.NotEmpty)
+	}
+	return nil
+}
+
+// still finds out whether the directory is where it was, and nobody who
+// does not know the lock, on another host perhaps, has made it something else.
+func (r *run) still() error {
+	changed := func(what string, err error) error {
+		return errors.Join(fmt.Errorf("it was changed meanwhile: %s: %w", what, fail.NotEmpty), err)
+	}
+	here, err := os.Stat(r.Dir)
+	if err != nil {
+		return changed("it is not there", err)
+	}
+	if held, err := r.layout.held[0].Stat(); err != nil || !os.SameFile(held, here) {
+		return changed("it is another directory now", err)
+	}
+	if text, err := r.layout.data.ReadFile(markerFile); err != nil || !bytes.Equal(text, r.marker) {
+		return changed(markerFile+" is not what it was", err)
+	}
+	if _, err := r.layout.data.Lstat(controlFile); !errors.Is(err, fs.ErrNotExist) {
+		return changed("there is a "+controlFile, err)
+	}
+	return nil
+}
+
+// Done reports whether p.Job has finished this restore already. What has become
+// of the directory since is not looked at.
+func (p Physical) Done() (bool, error) {
+	if p.Job == "" {
+		return false, nil
+	}
+	have, err := os.ReadFile(filepath.Join(p.Dir, doneFile))
+	if err == nil && string(have) == p.Job {
+		_, err = os.Lstat(filepath.Join(p.Dir, controlFile)) // it comes last
+		return err == nil, ignoreMissing(err)
+	}
+	return false, ignoreMissing(err)
+}
+
+func ignoreMissing(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 // begin makes the directories, and the state in which nobody can take them for
 // a data directory.
 func (r *run) begin() (err error) {
-	if r.layout.data, err = r.openDir(r.Dir); err != nil {
-		return err
-	}
 	r.layout.spaces = make(map[string]*os.Root)
-	m := marker{Ref: r.plan.Backup, System: r.plan.resolved.Backup.System, Tablespaces: make(map[string]string)}
+	m := marker{Ref: r.plan.Backup, System: r.plan.resolved.Backup.System, Tablespaces: make(map[string]string), Run: rand.Text()}
 	for _, t := range r.plan.Tablespaces {
 		m.Tablespaces[t.OID] = t.To
 	}
-	text, err := json.Marshal(m)
-	if err != nil {
+	withConfig := r.ConfigDir != "" && len(r.plan.Config) > 0
+	if withConfig {
+		m.ConfigDir = r.ConfigDir
+	}
+	if r.marker, err = json.Marshal(m); err != nil {
 		return err
 	}
-	err = durable.Replace(r.layout.data, markerFile, 0o600, func(w io.Writer) error {
-		_, err := w.Write(text)
-		return err
-	})
-	if err != nil {
+	if err := put(r.layout.data, markerFile, r.marker); err != nil {
 		return err
 	}
 	for _, name := range []string{controlFile, "postmaster.pid"} {
@@ -95,22 +163,14 @@ func (r *run) begin() (err error) {
 		}
 	}
 	for _, t := range r.plan.Tablespaces {
-		if r.layout.spaces[t.OID], err = r.openDir(t.To); err != nil {
+		if r.layout.spaces[t.OID], err = r.layout.open(t.To); err != nil {
 			return err
 		}
 	}
-	if r.ConfigDir != "" && len(r.plan.Config) > 0 {
-		r.layout.config, err = r.openDir(r.ConfigDir)
+	if withConfig {
+		r.layout.config, err = r.layout.open(r.ConfigDir)
 	}
 	return err
-}
-
-// openDir opens a directory, which it makes if it is not there.
-func (r *run) openDir(dir string) (*os.Root, error) {
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return nil, err
-	}
-	return os.OpenRoot(dir)
 }
 
 // files brings the files, each block of them compared.
@@ -230,11 +290,17 @@ func (r *run) end(ctx context.Context) error {
 	if err == nil {
 		err = r.writeManifest(ctx, changed)
 	}
+	if err == nil && r.Job != "" {
+		err = put(data, doneFile, []byte(r.Job))
+	}
 	if err == nil {
 		err = r.own()
 	}
 	if err == nil {
 		err = r.sync()
+	}
+	if err == nil {
+		err = r.still()
 	}
 	if err == nil {
 		err = data.Rename(controlTemp, controlFile)
@@ -293,7 +359,7 @@ func (r *run) writeSettings() error {
 		return err
 	}
 	note := fmt.Sprintf("backup %s of cluster %s, to %s", r.plan.Backup.ID, r.plan.Backup.Cluster, strings.ReplaceAll(r.Target.String(), "\n", " "))
-	if err := put(data, autoConf, withSettings(have, note, r.recoverySettings(r.plan.resolved))); err != nil {
+	if err := put(data, autoConf, withSettings(have, note, r.recoverySettings(r.plan))); err != nil {
 		return err
 	}
 	signal, other := "recovery.signal", "standby.signal"
@@ -367,17 +433,25 @@ func (r *run) own() error {
 		}
 	}
 	for oid, root := range r.layout.spaces {
-		info, err := root.Lstat(".")
-		if err == nil {
-			err = r.ownOne(root, ".", info)
-		}
-		if err != nil {
+		if err := r.ownSpace(root, r.plan.tops[oid]); err != nil {
 			return err
 		}
-		for _, top := range r.plan.tops[oid] { // others may keep their files beside ours
-			if err := r.ownBelow(root, top); err != nil {
-				return err
-			}
+	}
+	return nil
+}
+
+// ownSpace leaves a directory as it is in which others keep files beside ours.
+func (r *run) ownSpace(root *os.Root, tops []string) error {
+	names, err := fs.ReadDir(root.FS(), ".")
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(names, func(d fs.DirEntry) bool { return !slices.Contains(tops, d.Name()) }) {
+		return r.ownBelow(root, ".")
+	}
+	for _, top := range tops {
+		if err := r.ownBelow(root, top); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -417,20 +491,19 @@ func (r *run) ownOne(root *os.Root, name string, info fs.FileInfo) error {
 // Linux 5.8 on). The names of the directories themselves come last.
 func (r *run) sync() error {
 	done := make(map[uint64]bool)
-	for _, root := range r.layout.all() {
-		dir, err := root.Open(".")
-		if err != nil {
-			return err
-		}
+	for _, dir := range r.layout.held {
 		var st unix.Stat_t
-		err = unix.Fstat(int(dir.Fd()), &st)
-		if err == nil && !done[st.Dev] {
-			done[st.Dev] = true
-			err = unix.Syncfs(int(dir.Fd()))
-		}
-		if err := errors.Join(err, dir.Close()); err != nil {
+		if err := unix.Fstat(int(dir.Fd()), &st); err != nil {
 			return err
 		}
+		if !done[st.Dev] {
+			done[st.Dev] = true
+			if err := unix.Syncfs(int(dir.Fd())); err != nil {
+				return err
+			}
+		}
+	}
+	for _, root := range r.layout.all() {
 		parent, err := os.Open(filepath.Dir(root.Name()))
 		if err != nil {
 			return err

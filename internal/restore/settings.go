@@ -36,8 +36,8 @@ type setting struct{ name, value string }
 // recoverySettings are those under which a server recovers to the target, and
 // does no harm to what its source still uses. Each stands for itself: what
 // another file says about recovery does not count.
-func (p Physical) recoverySettings(res Resolved) []setting {
-	t := p.Target
+func (p Physical) recoverySettings(plan PhysicalPlan) []setting {
+	t, res := p.Target, plan.resolved
 	target := setting{}
 	switch t.Kind {
 	case Immediate:
@@ -68,7 +68,10 @@ func (p Physical) recoverySettings(res Resolved) []setting {
 		}
 	}
 	if target.name != "" {
-		set = append(set, target) // last: to set even an empty one behind it would be a second target
+		set = append(set, target) // behind them: to set even an empty one behind it would be a second target
+	}
+	if plan.inPlace { // else recovery ends where it meets one (CheckTablespaceDirectory in access/transam/xlogrecovery.c)
+		set = append(set, setting{"allow_in_place_tablespaces", "on"})
 	}
 	if p.Takeover {
 		return set

@@ -1,0 +1,163 @@
+package restore_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/pgkeep/pgkeep/internal/fail"
+)
+
+// Class C10: of two restores into one directory, one is refused. And whoever has
+// made the directory something else meanwhile keeps what he made.
+func TestC10ADirectoryIsRestoredByOneAtATime(t *testing.T) {
+	s := newSite(t)
+	s.rows(5)
+	s.take()
+	s.archived()
+	p := s.physical("contended", latestMoment)
+	other := p
+	met := false
+	held := map[string]int{}
+	p.Progress = func(string, int64, int64) {
+		if met {
+			return
+		}
+		met = true
+		held = openDirs(t)
+		plan, err := other.Plan(t.Context())
+		if err == nil {
+			_, err = other.Run(t.Context(), plan)
+		}
+		if !errors.Is(err, fail.AlreadyRunning) {
+			t.Errorf("a second one at the same time: %v", err)
+		}
+	}
+	s.restored(p)
+	if !met {
+		t.Error("the test has lost its point")
+	}
+	for _, dir := range []string{p.Dir, p.Tablespaces[s.space]} { // one to work in, and one that keeps errors of writing
+		if held[dir] < 2 {
+			t.Errorf("while files were written, %s was open %d times", dir, held[dir])
+		}
+	}
+	s.sound(p)
+
+	for what, change := range map[string]func(dir string) error{
+		"somebody's pg_control": func(dir string) error {
+			return os.WriteFile(filepath.Join(dir, "global/pg_control"), []byte("not ours"), 0o600)
+		},
+		"somebody's marker": func(dir string) error {
+			return os.WriteFile(filepath.Join(dir, "pgkeep.restoring"), []byte("{}"), 0o600)
+		},
+		"no marker":             func(dir string) error { return os.Remove(filepath.Join(dir, "pgkeep.restoring")) },
+		"another directory":     func(dir string) error { return errors.Join(os.Rename(dir, dir+"-aside"), os.Mkdir(dir, 0o700)) },
+		"no directory any more": func(dir string) error { return os.Rename(dir, dir+"-aside") },
+	} {
+		p := s.physical(what, latestMoment)
+		done := false
+		p.Progress = func(string, int64, int64) {
+			_, err := os.Lstat(filepath.Join(p.Dir, "global"))
+			if done || err != nil {
+				return
+			}
+			done = true
+			if err := change(p.Dir); err != nil {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
+		plan, err := p.Plan(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := p.Run(t.Context(), plan); !errors.Is(err, fail.NotEmpty) {
+			t.Errorf("%s: %v", what, err)
+		}
+		for _, dir := range []string{p.Dir, p.Dir + "-aside"} {
+			if b, err := os.ReadFile(filepath.Join(dir, "global/pg_control")); err == nil && string(b) != "not ours" {
+				t.Errorf("%s: a server would start on %s", what, dir)
+			}
+		}
+	}
+}
+
+// openDirs counts how often this process has each directory open.
+func openDirs(t *testing.T) map[string]int {
+	t.Helper()
+	links, err := filepath.Glob("/proc/self/fd/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := map[string]int{}
+	for _, link := range links {
+		if to, err := os.Readlink(link); err == nil {
+			open[to]++
+		}
+	}
+	return open
+}
+
+// What asks for the same restore again, because it has not heard of the end, gets
+// what it has already, whatever has become of that.
+func TestAFinishedRestoreIsNotDoneAgain(t *testing.T) {
+	s := newSite(t)
+	s.rows(5)
+	s.take()
+	s.archived()
+	p := s.physical("finished", latestMoment)
+	done := func(job string, want bool) {
+		t.Helper()
+		q := p
+		q.Job = job
+		if got, err := q.Done(); got != want || err != nil {
+			t.Errorf("done for %q: %v, want %v (%v)", job, got, want, err)
+		}
+	}
+	done("first", false)
+	p.Job = "first"
+	plan, err := p.Plan(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Progress = func(string, int64, int64) { done("first", false) }
+	if _, err := p.Run(t.Context(), plan); err != nil {
+		t.Fatal(err)
+	}
+	p.Progress = nil
+	done("first", true)
+	done("second", false)
+	done("", false)
+	s.verifyBackup(p.Dir)
+	server, err := s.start(p, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done("first", true)
+	server.Kill()
+	done("first", true)
+
+	// Of a restore that was cut off over it, nothing is done.
+	p.Job, p.Delta = "second", true
+	if err := os.Remove(filepath.Join(p.Dir, "postmaster.pid")); err != nil {
+		t.Fatal(err)
+	}
+	if plan, err = p.Plan(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	p.Progress = func(string, int64, int64) {
+		done("first", false)
+		if err := os.MkdirAll(filepath.Join(p.Dir, "recovery.signal/x"), 0o700); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := p.Run(t.Context(), plan); err == nil {
+		t.Fatal("the test has lost its point")
+	}
+	p.Progress = nil
+	done("first", false)
+	done("second", false)
+	s.restored(p)
+	done("second", true)
+}
