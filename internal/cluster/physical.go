@@ -151,9 +151,15 @@ func startBackup(ctx context.Context, conn *pgx.Conn, label string, fast bool) (
 	if s.Version.Major() < 15 {
 		call = "pg_start_backup($1, $2, false)"
 	}
+	// The log of the backup begins with the checkpoint that the server makes for
+	// it; on a standby, not before the last one that the primary has made.
+	began := "statement_timestamp()"
+	if s.InRecovery {
+		began = "(SELECT checkpoint_time FROM pg_control_checkpoint())"
+	}
 	var lsn, checkpoint string
-	err = conn.QueryRow(ctx, "SELECT "+call+"::text, pg_backend_pid(), clock_timestamp()", pgx.QueryExecModeExec, label, fast).
-		Scan(&lsn, &s.PID, &s.Time)
+	err = conn.QueryRow(ctx, "SELECT "+began+", "+call+"::text, pg_backend_pid()", pgx.QueryExecModeExec, label, fast).
+		Scan(&s.Time, &lsn, &s.PID)
 	if err != nil {
 		return Started{}, startError(queryError("start a backup", err), s.InRecovery)
 	}

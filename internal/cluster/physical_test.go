@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -82,6 +83,41 @@ func TestBackupSessionTellsWhatTheCopyNeeds(t *testing.T) {
 	}
 	if _, err := s.Stop(ctx); err == nil {
 		t.Error("a backup ends twice")
+	}
+}
+
+// When a backup began is asked before the checkpoint that its log begins with,
+// however long that takes: what was made in between is made again by recovery.
+func TestABackupBeganBeforeItsCheckpoint(t *testing.T) {
+	p, c := start(t, lab.PostgresOptions{})
+	exec(t, p, "postgres", "CREATE TABLE t AS SELECT generate_series(1, 20000) AS n") // dirty pages, one of which is written in 100 ms
+	conn, err := p.Connect(t.Context(), "postgres")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.WithoutCancel(t.Context()))
+	var later time.Time
+	var looking sync.WaitGroup
+	looking.Go(func() {
+		for waits := false; !waits && t.Context().Err() == nil; {
+			err := conn.QueryRow(t.Context(), `SELECT clock_timestamp(), EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'CheckpointDone')`).Scan(&later, &waits)
+			if err == nil && waits {
+				_, err = conn.Exec(t.Context(), "CHECKPOINT") // and it hurries
+			}
+			if err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	s, err := c.StartBackup(t.Context(), "spread", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Abort()
+	looking.Wait()
+	if !s.Start.Time.Before(later) {
+		t.Errorf("it began at %v, and at %v its checkpoint had begun", s.Start.Time, later)
 	}
 }
 

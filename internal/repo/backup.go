@@ -97,7 +97,7 @@ type PhysicalFacts struct {
 	Stop           pg.LSN         `json:"stop"`       // consistent from here on: from pg_backup_stop
 	Timeline       pg.Timeline    `json:"timeline"`
 	StopTimeline   pg.Timeline    `json:"stop_timeline"`
-	StartedAt      time.Time      `json:"started_at"` // by the server's clock, UTC
+	StartedAt      time.Time      `json:"started_at"` // no record from Start on was written before, by the server's clock, UTC
 	StoppedAt      time.Time      `json:"stopped_at"`
 	Checkpoint     pg.LSN         `json:"checkpoint"` // of the record that the start waited for
 	FirstWAL       string         `json:"first_wal"`  // names of the segments that recovery to Stop needs

@@ -94,8 +94,10 @@ func (p Physical) spareSource(plan *PhysicalPlan) error {
 		if err != nil {
 			return fmt.Errorf("restore: tablespaces of the source: %w", err)
 		}
-		made := info.ModTime() // before the transaction that made it had committed, by the same clock
-		if held[link.Name()] && made.Before(m.Physical.StartedAt) || p.Target.Kind != Latest && plan.until().Before(made) {
+		// The link was made just before the record of it was written, by the same
+		// clock: it is older than the log that is replayed, or younger.
+		made, by := info.ModTime(), plan.resolved.By
+		if held[link.Name()] && made.Add(unsure).Before(m.Physical.StartedAt) || !by.IsZero() && by.Add(unsure).Before(made) {
 			continue
 		}
 		to, err := os.Readlink(filepath.Join(source, "pg_tblspc", link.Name()))
@@ -108,19 +110,13 @@ func (p Physical) spareSource(plan *PhysicalPlan) error {
 	return nil
 }
 
+// unsure is how far the order of two events on a host may differ from that of
+// their times: a file's is that of the last tick of the clock, and a record's was
+// looked up before the record was written.
+const unsure = 20 * time.Millisecond
+
 // elsewhere says of an error that what was looked for is not on this host, or
 // out of reach.
 func elsewhere(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission)
-}
-
-// until is the time of the last thing known to happen before recovery ends.
-func (plan *PhysicalPlan) until() time.Time {
-	at := plan.TakenAt
-	for _, m := range []*Moment{plan.Stop, plan.Last} {
-		if m != nil && m.Time.After(at) {
-			at = m.Time
-		}
-	}
-	return at
 }

@@ -2,6 +2,7 @@ package restore_test
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -22,13 +23,21 @@ import (
 // write over that of the source beside it.
 func TestC10TheSourcesTablespacesAreNotWrittenOver(t *testing.T) {
 	s := newSite(t)
+	s.exec("CREATE EXTENSION pg_walinspect")
 	s.take()
 	s.rows(5)
 	before := s.position()
 	s.rows(5)
 	made := time.Now()
+	s.until("the clock has gone on", func() bool { return time.Since(made) > 100*time.Millisecond })
+	start := s.position()
 	later := s.mkdir("later")
 	s.exec("CREATE TABLESPACE later LOCATION '"+later+"'", "CREATE TABLE late (i int) TABLESPACE later", "INSERT INTO late SELECT generate_series(1, 1000)")
+	making, err := pg.ParseLSN(query[string](t, s.pg, fmt.Sprintf(
+		"SELECT start_lsn::text FROM pg_get_wal_records_info('%v', pg_current_wal_flush_lsn()) WHERE resource_manager = 'Tablespace'", start)))
+	if err != nil {
+		t.Fatal(err)
+	}
 	s.rows(5)
 	behind, behindTime := s.position(), query[time.Time](t, s.pg, "SELECT clock_timestamp()")
 	s.rows(5)
@@ -38,6 +47,7 @@ func TestC10TheSourcesTablespacesAreNotWrittenOver(t *testing.T) {
 		"the latest moment": latestMoment,
 		"a time behind":     {Kind: restore.ToTime, Time: behindTime},
 		"a position behind": {Kind: restore.ToLSN, LSN: behind},
+		"the very record":   {Kind: restore.ToLSN, LSN: making}, // no commit before it is as late as the tablespace
 	} {
 		p := s.physical("beside", target)
 		if _, err := p.Plan(t.Context()); !errors.Is(err, fail.NotEmpty) || !strings.Contains(fail.HintOf(err), "restore to a moment before "+made.UTC().Format("2006-01-02T")) {

@@ -31,6 +31,9 @@ type Resolved struct {
 	Until pg.LSN
 	Stop  pg.WALRecord // at which recovery stops; zero for Latest and Immediate
 	Last  pg.WALRecord // the last commit that will be there; zero: not known, or none since the backup
+	// By is when that record, and all before it, had been written, by the
+	// server's clock. Zero for Latest, or not known.
+	By time.Time
 	// Passed are backups that were not considered, newest first.
 	Passed []Passed
 }
@@ -71,7 +74,7 @@ func Resolve(ctx context.Context, t Target, named repo.ID, backups []repo.Listed
 		res, err = rs.latest(ctx)
 	case Immediate:
 		c := rs.usable[len(rs.usable)-1]
-		res = Resolved{Backup: c.Manifest, Window: c.reach, Until: c.Physical.Stop}
+		res = Resolved{Backup: c.Manifest, Window: c.reach, Until: c.Physical.Stop, By: c.Physical.StoppedAt}
 	case ToTime:
 		res, err = rs.time(ctx)
 	case ToLSN:
@@ -296,6 +299,9 @@ func (rs *resolver) lsn(ctx context.Context) (Resolved, error) {
 // stop is the answer when recovery stops at rec: behind it, or before it.
 func (rs *resolver) stop(ctx context.Context, c candidate, rec pg.WALRecord) (res Resolved, err error) {
 	res = Resolved{Backup: c.Manifest, Window: c.reach, Until: rec.End, Stop: rec}
+	if res.By, err = rs.written(ctx, c, rec); err != nil {
+		return res, err
+	}
 	if rec.Kind == pg.Commit && !rs.t.Exclusive {
 		res.Last = rec
 		return res, nil
@@ -304,9 +310,31 @@ func (rs *resolver) stop(ctx context.Context, c candidate, rec pg.WALRecord) (re
 	return res, err
 }
 
+// written is when rec had been written: not every record says when it was, so
+// one that comes after it may have to tell, if there is one not far from it.
+func (rs *resolver) written(ctx context.Context, c candidate, rec pg.WALRecord) (by time.Time, err error) {
+	stamped := func(r pg.WALRecord) bool {
+		return r.Kind == pg.Commit || r.Kind == pg.Abort || r.Kind == pg.RestorePoint
+	}
+	if stamped(rec) {
+		return rec.Time, nil
+	}
+	for r, err := range rs.scan(ctx, c.reach, rec.At, min(c.reach.To, rec.End+far*pg.LSN(rs.l.SegmentSize)), false) {
+		if err != nil {
+			return by, err
+		}
+		if r.At > rec.At && stamped(r) {
+			return r.Time, nil
+		}
+	}
+	return by, nil
+}
+
+// far is how many segments are searched for what need not be there.
+const far = 8
+
 // lastCommit looks for the last commit before a position, not far back.
 func (rs *resolver) lastCommit(ctx context.Context, c candidate, before pg.LSN) (last pg.WALRecord, err error) {
-	const far = 8
 	size := pg.LSN(rs.l.SegmentSize)
 	for to, n := before, 0; to > c.Physical.Stop && n < far && last.At == 0; n++ {
 		from := (to - 1) - (to-1)%size
@@ -359,7 +387,7 @@ func (rs *resolver) time(ctx context.Context) (Resolved, error) {
 			return Resolved{}, err
 		case rec.At < c.Physical.Stop || rec.Kind != pg.Commit && rec.Kind != pg.Abort:
 		case rs.late(rec.Time):
-			return Resolved{Backup: c.Manifest, Window: c.reach, Until: rec.End, Stop: rec, Last: last}, nil
+			return Resolved{Backup: c.Manifest, Window: c.reach, Until: rec.End, Stop: rec, Last: last, By: rec.Time}, nil
 		case rec.Kind == pg.Commit:
 			last = rec
 		}

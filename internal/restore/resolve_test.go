@@ -234,7 +234,7 @@ func (p past) oracle(t restore.Target) (best answer) {
 
 // What Resolve says is what trying everything says.
 func TestResolveFindsWhatThereIs(t *testing.T) {
-	reached, refused, kinds := 0, 0, map[restore.TargetKind]int{}
+	reached, refused, known, kinds := 0, 0, 0, map[restore.TargetKind]int{}
 	for seed := range uint64(3000) {
 		p := drawPast(seed)
 		rnd := rand.New(rand.NewPCG(seed, 2))
@@ -256,9 +256,17 @@ func TestResolveFindsWhatThereIs(t *testing.T) {
 		if got.Last.At != 0 && (got.Last.Kind != pg.Commit || got.Stop.At != 0 && got.Last.At > got.Stop.At || got.Last.At < got.Backup.Physical.Stop) {
 			t.Fatalf("seed %d: the last commit is %+v", seed, got.Last)
 		}
+		if !got.By.IsZero() {
+			known++
+			for _, r := range p.way(got.Timeline) {
+				if r.At <= got.Stop.At && r.Time.After(got.By) {
+					t.Fatalf("seed %d: %+v was not written by %v", seed, r, got.By)
+				}
+			}
+		}
 	}
-	t.Logf("%d reached %v, %d refused", reached, kinds, refused)
-	if len(kinds) < 5 || refused < 300 {
+	t.Logf("%d reached %v, %d refused; of %d it is known when they had been written", reached, kinds, refused, known)
+	if len(kinds) < 5 || refused < 300 || known < (reached-kinds[restore.Latest])*9/10 {
 		t.Error("the test has lost its point")
 	}
 }
