@@ -365,20 +365,30 @@ func TestConfigurationElsewhereIsListedFirst(t *testing.T) {
 	put(t, dir, "postgresql.conf", "")
 	put(t, etc, "pg_hba.conf", "local all all trust")
 	put(t, etc, "conf.d/more.conf", "port = 1")
+	put(t, etc, "tuned.conf", "work_mem = 1")
+	put(t, dir, "own/real.conf", "")
+	link(t, filepath.Join(etc, "tuned.conf"), filepath.Join(dir, "included.conf"))
+	link(t, filepath.Join(etc, "conf.d"), filepath.Join(dir, "conf.d"))
+	link(t, filepath.Join(etc, "pg_hba.conf"), filepath.Join(dir, "pg_hba.conf"))
+	link(t, "own/real.conf", filepath.Join(dir, "here.conf"))
 	var notes []string
 	d := open(t, dir, pgdata.Options{
-		Config: []string{filepath.Join(dir, "postgresql.conf"), filepath.Join(etc, "pg_hba.conf"), filepath.Join(etc, "gone.conf"), filepath.Join(etc, "conf.d/more.conf")},
-		Note:   func(path, why string) { notes = append(notes, path) },
+		Config: []string{filepath.Join(dir, "postgresql.conf"), filepath.Join(etc, "pg_hba.conf"), filepath.Join(etc, "gone.conf"), filepath.Join(etc, "conf.d/more.conf"),
+			filepath.Join(dir, "included.conf"), filepath.Join(dir, "conf.d/more.conf"), filepath.Join(dir, "pg_hba.conf"), filepath.Join(dir, "here.conf")},
+		Note: func(path, why string) { notes = append(notes, path) },
 	})
 	got, err := list(t, d)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]string{"config/000/pg_hba.conf", "config/002/more.conf", "data/"}, got[:3]); diff != "" {
+	if diff := cmp.Diff([]string{"config/000/pg_hba.conf", "config/002/more.conf", "config/003/included.conf", "config/004/more.conf", "data/"}, got[:5]); diff != "" {
 		t.Error(diff)
 	}
-	if diff := cmp.Diff([]string{filepath.Join(etc, "gone.conf")}, notes); diff != "" {
+	if diff := cmp.Diff([]string{filepath.Join(etc, "gone.conf"), "conf.d", "here.conf", "included.conf"}, notes); diff != "" {
 		t.Error(diff)
+	}
+	if got := read(t, d, "config/003/included.conf"); got != "work_mem = 1" {
+		t.Errorf("%q", got)
 	}
 	if got := read(t, d, "config/002/more.conf"); got != "port = 1" {
 		t.Errorf("%q", got)

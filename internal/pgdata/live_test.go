@@ -172,13 +172,16 @@ func (k *copied) restore(t *testing.T, p *lab.Postgres, opt lab.PostgresOptions)
 
 func TestCopyOfALiveClusterStarts(t *testing.T) {
 	ctx := t.Context()
-	p := lab.PostgresForTest(t, lab.PostgresOptions{})
-	exec(t, p, "CREATE TABLE t AS SELECT generate_series(1, 10000) AS n", "CREATE UNLOGGED TABLE u AS SELECT 1 AS n")
+	p := lab.PostgresForTest(t, lab.PostgresOptions{Settings: map[string]string{"max_prepared_transactions": "5"}})
+	exec(t, p, "CREATE TABLE t AS SELECT generate_series(1, 10000) AS n", "CREATE UNLOGGED TABLE u AS SELECT 1 AS n", "BEGIN; INSERT INTO t VALUES (0); PREPARE TRANSACTION 'x'")
 	k := takeCopy(t, p, pgdata.Options{})
 	if len(k.damaged) > 0 || len(k.notes) > 0 {
 		t.Errorf("damaged: %v, notes: %q", k.damaged, k.notes)
 	}
-	r := k.restore(t, p, lab.PostgresOptions{})
+	if prepared, err := filepath.Glob(filepath.Join(k.dir, "data/pg_twophase/*")); err != nil || len(prepared) != 1 {
+		t.Errorf("prepared transactions: %q, %v", prepared, err)
+	}
+	r := k.restore(t, p, lab.PostgresOptions{Settings: map[string]string{"max_prepared_transactions": "5"}})
 	conn, err := r.Connect(ctx, "postgres")
 	if err != nil {
 		t.Fatal(err)

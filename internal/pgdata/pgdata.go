@@ -27,8 +27,9 @@ import (
 // right where everything stands inside of it.
 type Options struct {
 	// Config are the files of the configuration, as absolute paths. Those that
-	// stand in the data directory are part of it anyway; the others become
-	// config/<n>/<name>, in this order.
+	// stand in the data directory are part of it anyway; the others, also where a
+	// link in the data directory leads to them, become config/<n>/<name>, in this
+	// order.
 	Config []string
 	// LogDirectory is the server's setting log_directory: the directory of its
 	// log is kept, if it is below the data directory, and its contents are not.
@@ -87,12 +88,25 @@ func Open(dir string, opt Options) (*Dir, error) {
 	}
 	d.logs = d.within(opt.LogDirectory)
 	for _, c := range opt.Config {
-		if parent, err := filepath.EvalSymlinks(filepath.Dir(c)); err == nil && (parent == d.path || d.within(parent) != "") {
-			continue // the walk meets it
+		if !d.met(c) {
+			d.config = append(d.config, c)
 		}
-		d.config = append(d.config, c)
 	}
 	return d, nil
+}
+
+// met reports whether the walk meets a file of the configuration. Of a link it
+// meets only what leads to the file, but for the few that it follows.
+func (d *Dir) met(file string) bool {
+	parent, err := filepath.EvalSymlinks(filepath.Dir(file))
+	switch {
+	case err != nil, parent != d.path && d.within(parent) == "":
+		return false
+	case parent == d.path && slices.Contains(configs, filepath.Base(file)):
+		return true
+	}
+	real, err := filepath.EvalSymlinks(file)
+	return err != nil || d.within(real) != "" // what is not there is not missed
 }
 
 // identify reads what kind of cluster this is.

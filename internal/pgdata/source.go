@@ -3,8 +3,10 @@ package pgdata
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"io/fs"
 	"os"
@@ -155,28 +157,50 @@ func (d *Dir) openPlace(p place) (*os.File, error) {
 
 var errLarge = errors.New("grown large")
 
-// steady reads a small file until two readings agree, or one goes on where the
-// other ended. What never stands still is taken as it was last: the log heals
-// what is important of that kind.
+// steady reads a small file until two readings agree. One that has only grown may
+// still be half written, so it is read again; what never stands still is taken as
+// it was last: the log heals what is important of that kind. But it does not heal
+// the state of a prepared transaction, of which more is asked.
 func (d *Dir) steady(ctx context.Context, p place) ([]byte, error) {
+	prepared := path.Dir(p.below()) == "pg_twophase"
 	last, err := d.readPlace(p)
+	why := "it does not stand still"
 	for i := 0; err == nil && i < len(backoff); i++ {
+		if prepared && preparedWhole(last) {
+			return last, nil
+		}
 		if err := pause(ctx, i); err != nil {
 			return nil, err
 		}
 		now, err := d.readPlace(p)
-		if err != nil {
+		switch {
+		case err != nil:
 			return nil, err
-		}
-		if bytes.HasPrefix(now, last) && (len(last) > 0 || len(now) == 0) {
-			return last, nil
+		case prepared:
+			why = "it is not whole: a server that recovers stops there"
+		case bytes.Equal(now, last):
+			return now, nil
+		case len(last) > 0 && bytes.HasPrefix(now, last):
+			why = "" // something is added all the time: to what is there already, nothing happens
+		default:
+			why = "it does not stand still"
 		}
 		last = now
 	}
-	if err == nil {
-		d.opt.Note(p.below(), "it does not stand still")
+	if err == nil && why != "" && !(prepared && preparedWhole(last)) {
+		d.opt.Note(p.below(), why)
 	}
 	return last, err
+}
+
+// preparedWhole reports whether a file is the state of a prepared transaction
+// from its beginning to its end. The server writes it in two pieces, and reads
+// no other when it recovers (RecreateTwoPhaseFile and ReadTwoPhaseFile in
+// access/transam/twophase.c): its length stands behind its magic number, and its
+// CRC at the end.
+func preparedWhole(b []byte) bool {
+	le, n := binary.LittleEndian, len(b)-4
+	return n >= 8 && uint64(le.Uint32(b[4:])) == uint64(len(b)) && le.Uint32(b[n:]) == crc32.Checksum(b[:n], crc32.MakeTable(crc32.Castagnoli))
 }
 
 func (d *Dir) readPlace(p place) ([]byte, error) {

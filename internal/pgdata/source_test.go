@@ -2,13 +2,16 @@ package pgdata_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
+	"hash/crc32"
 	"io"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -357,6 +360,50 @@ func TestSmallFilesAreReadWhole(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
+}
+
+// Class C5: what is still being written has the beginning of what it will be. The
+// log does not heal the state of a prepared transaction, and a server does not
+// start on half of one; an editor may write half of a configuration.
+func TestC5HalfAFileIsReadAgain(t *testing.T) {
+	state := make([]byte, 400)
+	le := binary.LittleEndian
+	le.PutUint32(state, 0x57F94534)
+	le.PutUint32(state[4:], uint32(len(state)))
+	le.PutUint32(state[396:], crc32.Checksum(state[:396], crc32.MakeTable(crc32.Castagnoli)))
+	for name, whole := range map[string]string{"pg_twophase/000002F1": string(state), "extra.conf": "a = 1\nb = 2\nc = 3\n"} {
+		dir := forge(t)
+		var notes []string
+		d := open(t, dir, pgdata.Options{Note: func(path, why string) { notes = append(notes, path+": "+why) }})
+		half := whole[:len(whole)-4]
+		put(t, dir, name, half)
+		ctx := pausing{t.Context(), sync.OnceFunc(func() { put(t, dir, name, whole) })}
+		src, err := d.OpenFile(ctx, pgdata.File{Path: "data/" + name, Size: 1}, pgdata.PageCheck{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, len(whole)+1)
+		n, err := src.ReadAt(got, 0)
+		if err != io.EOF || string(got[:n]) != whole || len(notes) > 0 {
+			t.Errorf("%s: read %d bytes of %d, %v; %q", name, n, len(whole), err, notes)
+		}
+		put(t, dir, name, half)
+		notes = nil
+		if got := read(t, d, "data/"+name); got != half || (len(notes) == 1) != strings.HasPrefix(name, "pg_twophase/") {
+			t.Errorf("%s, for ever half: %d bytes, %q", name, len(got), notes)
+		}
+	}
+}
+
+// A pausing context does something when somebody is about to wait for its end.
+type pausing struct {
+	context.Context
+	do func()
+}
+
+func (p pausing) Done() <-chan struct{} {
+	p.do()
+	return p.Context.Done()
 }
 
 // Class C10: the source of a backup is only read.

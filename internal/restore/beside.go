@@ -14,12 +14,12 @@ import (
 	"github.com/pgkeep/pgkeep/internal/pg"
 )
 
-// readSource finds out where the data directory was that the backup is of, and
-// whether tablespaces stood in it.
+// readSource finds out where the data directory was that the backup is of,
+// whether tablespaces stood in it, and where its configuration was.
 func (p Physical) readSource(plan *PhysicalPlan) error {
 	var details backup.PhysicalDetails
 	err := p.Repo.OpenDetails(plan.resolved.Backup, &details)
-	plan.source = details.DataDirectory
+	plan.source, plan.configured = details.DataDirectory, details.Config
 	plan.inPlace = slices.ContainsFunc(details.Tablespaces, func(t backup.Tablespace) bool {
 		return t.Path == "" && (t.Name != "" || plan.resolved.Backup.Version.Major() >= 15) // an older server may not know the setting; then it has none, but a stray directory
 	})

@@ -441,11 +441,18 @@ func TestConfigurationFromOutsideComesBackBesideTheDirectory(t *testing.T) {
 }
 
 // A link of the administrator's in the data directory, to a certificate for
-// instance, comes back as the link that it was.
+// instance, comes back as the link that it was. Where it leads to a file of the
+// configuration, that is in the backup.
 func TestALinkInTheDataDirectoryComesBack(t *testing.T) {
 	s := newSite(t)
 	key := s.write("server.key", "secret")
-	if err := os.Symlink(key, filepath.Join(s.pg.DataDir, "server.key")); err != nil {
+	more := s.write("more.conf", "work_mem = '5MB'\n")
+	conf, err := os.OpenFile(filepath.Join(s.pg.DataDir, "postgresql.conf"), os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = conf.WriteString("include 'included.conf'\n")
+	if err := errors.Join(err, conf.Close(), os.Symlink(key, filepath.Join(s.pg.DataDir, "server.key")), os.Symlink(more, filepath.Join(s.pg.DataDir, "included.conf"))); err != nil {
 		t.Fatal(err)
 	}
 	s.rows(5)
@@ -455,7 +462,8 @@ func TestALinkInTheDataDirectoryComesBack(t *testing.T) {
 	for _, state := range []restore.DirState{restore.New, restore.Existing} {
 		p.Delta = state == restore.Existing
 		plan := s.restored(p)
-		if plan.State != state || len(plan.Notes) != 1 || !strings.Contains(plan.Notes[0], "server.key is a link to "+key) {
+		if plan.State != state || len(plan.Notes) != 2 || !strings.Contains(plan.Notes[0], "server.key is a link to "+key) ||
+			!strings.HasPrefix(plan.Notes[1], "1 files of the configuration") || !slices.Equal(plan.Config, []string{"included.conf"}) {
 			t.Errorf("the plan is %+v", plan)
 		}
 		if to, err := os.Readlink(filepath.Join(p.Dir, "server.key")); err != nil || to != key {

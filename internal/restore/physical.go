@@ -87,12 +87,13 @@ type PhysicalPlan struct {
 	Notes       []string          `json:"notes,omitempty"`
 	Passed      []Passed          `json:"passed,omitempty"`
 
-	resolved Resolved
-	source   string // the data directory that the backup is of; "": not known
-	inPlace  bool   // there are tablespaces that stand in pg_tblspc itself
-	owner    owner
-	tops     map[string][]string // by OID: what stands in the tablespace's directory; others may keep theirs there
-	group    fs.FileMode         // what the group may do with directories, as at the source
+	resolved   Resolved
+	source     string   // the data directory that the backup is of; "": not known
+	configured []string // files of the configuration that stood elsewhere, or that a link led to
+	inPlace    bool     // there are tablespaces that stand in pg_tblspc itself
+	owner      owner
+	tops       map[string][]string // by OID: what stands in the tablespace's directory; others may keep theirs there
+	group      fs.FileMode         // what the group may do with directories, as at the source
 }
 
 // A Moment is a record of the log.
@@ -275,6 +276,9 @@ func (p Physical) planFiles(ctx context.Context, plan *PhysicalPlan) error {
 			label = true
 		case root == dataRoot && e.Link != "":
 			oid, ok := strings.CutPrefix(rest, "pg_tblspc/")
+			if !ok && slices.Contains(plan.configured, filepath.Join(plan.source, rest)) {
+				break // it comes with the configuration
+			}
 			if !ok { // somebody's own: a link to a certificate, say
 				plan.Notes = append(plan.Notes, fmt.Sprintf("%s is a link to %s; what it leads to is not in the backup", rest, e.Link))
 				break
