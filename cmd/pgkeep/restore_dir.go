@@ -18,6 +18,7 @@ import (
 	"go.temporal.io/sdk/temporal"
 
 	"github.com/pgkeep/pgkeep/activities"
+	"github.com/pgkeep/pgkeep/internal/cluster"
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/repo"
@@ -205,6 +206,7 @@ func prepareRestore(cfg *config.Config, r *repo.Repo, q activities.RestoreReques
 	p, err := serverNeeds(cfg, q.Cluster)
 	p.Repo, p.Cluster, p.Backup, p.Target, p.Action, p.Standby, p.Dir = r, q.Cluster, q.Backup, q.Target, q.Action, q.Standby, q.Dir
 	p.Tablespaces, p.ConfigDir, p.Delta, p.Owner, p.Takeover = q.Tablespaces, q.ConfigDir, q.Delta, q.Owner, q.Takeover
+	p.Servers = cluster.ServerDirs(string(cfg.Clusters[config.Name(q.Cluster)].BinDir))
 	return p, err
 }
 
@@ -407,6 +409,22 @@ type dirShown struct {
 	Seconds float64 `json:"seconds"`
 }
 
+// forecast says how long it will take, and why that is thought.
+func (p dirShown) forecast() string {
+	f := p.Time
+	seconds := func(s float64) string { return span(time.Duration(s * float64(time.Second))) }
+	from := "assumed: no restore test of this cluster has measured it"
+	if f.Measured != "" {
+		from = "as restore test " + string(f.Measured) + " measured"
+	}
+	about := "about"
+	if p.State != restore.New { // what is there already need not be brought
+		about = "at most"
+	}
+	return fmt.Sprintf("%s %s to bring the files, at %s/s, and then %s until PostgreSQL has replayed %s of log, at %s/s (%s)",
+		about, seconds(f.Fetch), size(int64(f.FetchRate)), seconds(f.Replay), count(p.Segments, "segment"), size(int64(f.ReplayRate)), from)
+}
+
 func (p dirShown) lines() []string {
 	lines := []string{
 		fmt.Sprintf("restore backup %s of cluster %s, PostgreSQL %s, consistent at %s", p.Backup.ID, p.Backup.Cluster, p.Version, moment(p.TakenAt)),
@@ -425,6 +443,10 @@ func (p dirShown) lines() []string {
 	}
 	for _, s := range p.Space {
 		lines = append(lines, fmt.Sprintf("%s needs %s, and %s are free", s.Dir, size(s.Need), size(s.Free)))
+	}
+	lines = append(lines, p.forecast())
+	if p.Server != "" {
+		lines = append(lines, "the server in "+p.Server+" can run it")
 	}
 	for _, n := range p.Notes {
 		lines = append(lines, "note: "+n)

@@ -38,7 +38,7 @@ func TestAClusterComesBackFromBucketAndKey(t *testing.T) {
 	p.until(p.pg, "SELECT coalesce(last_archived_wal >= '"+last+"', false) FROM pg_stat_archiver")
 	p.fails(2, []string{"which zone?"}, "restore", "--target-dir", dir, "--to-time", "2026-11-22 10:00:00")
 	p.fails(26, []string{"the first moment that can be reached: "}, "restore", "--target-dir", dir, "--to-time", "2020-01-01 00:00:00Z")
-	p.fails(0, []string{"dry run: nothing is done", "to restore point \"good\", along timeline 1", "owned by postgres", dir + " (new)"},
+	p.fails(0, []string{"dry run: nothing is done", "to restore point \"good\", along timeline 1", "owned by postgres", dir + " (new)", "to bring the files, at 50.0 MiB/s", "at 16.0 MiB/s (assumed: ", "can run it"},
 		"restore", "--target-dir", dir, "--to-name", "good", "--dry-run", "latest")
 	if _, err := os.Lstat(dir); err == nil {
 		t.Fatal("the dry run did something")
@@ -49,9 +49,14 @@ func TestAClusterComesBackFromBucketAndKey(t *testing.T) {
 		Segments int
 		DryRun   bool `json:"dry_run"`
 		Target   struct{ Kind, Name string }
+		Server   string
+		Time     struct {
+			Fetch  float64 `json:"fetch_seconds"`
+			Replay float64 `json:"replay_seconds"`
+		}
 	}
 	out := p.ok("restore", "--target-dir", dir, "--to-name", "good", "--dry-run", "--json")
-	if err := json.Unmarshal([]byte(out), &plan); err != nil || plan.Schema != "pgkeep.restore.dir/1" || plan.State != "new" || plan.Segments < 1 || !plan.DryRun || plan.Target.Name != "good" {
+	if err := json.Unmarshal([]byte(out), &plan); err != nil || plan.Schema != "pgkeep.restore.dir/1" || plan.State != "new" || plan.Segments < 1 || !plan.DryRun || plan.Target.Name != "good" || plan.Server == "" || plan.Time.Fetch <= 0 || plan.Time.Replay <= 0 {
 		t.Errorf("the plan is %s (%v)", out, err)
 	}
 	p.fails(0, []string{"restored ", " to " + dir, "it recovers to restore point \"good\", and opens"},

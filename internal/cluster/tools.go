@@ -40,7 +40,7 @@ func (c Cluster) Tools(ctx context.Context, server pg.Version) (Tools, error) {
 		return t, toolsError(err, server)
 	}
 	var refused error
-	for _, dir := range candidates(server.Major()) {
+	for _, dir := range candidates(server.Major(), "pg_dump") {
 		t, err := inspect(ctx, dir)
 		if err == nil {
 			err = t.fit(server)
@@ -58,6 +58,34 @@ func (c Cluster) Tools(ctx context.Context, server pg.Version) (Tools, error) {
 	return Tools{}, toolsError(refused, server)
 }
 
+// ServerDirs lists the directories on this host that may hold the programs of a
+// server: the one that is configured, if it is not "", those of Debian's and the
+// PGDG's packages, and where PATH leads to. It is never nil.
+func ServerDirs(configured string) []string {
+	dirs := []string{}
+	if configured != "" {
+		dirs = append(dirs, configured)
+	}
+	return append(dirs, candidates(0, "postgres")...)
+}
+
+// ServerVersion asks the server in a directory for its version. Where there is
+// none, the error is fs.ErrNotExist.
+func ServerVersion(ctx context.Context, dir string) (pg.Version, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	program := filepath.Join(dir, "postgres")
+	out, err := exec.CommandContext(ctx, program, "--version").Output()
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", program, err)
+	}
+	v, err := parseToolVersion(string(out))
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", program, err)
+	}
+	return v, nil
+}
+
 func toolsError(err error, server pg.Version) error {
 	if err == nil {
 		return nil
@@ -66,8 +94,9 @@ func toolsError(err error, server pg.Version) error {
 		fmt.Sprintf("apt-get install postgresql-client-%d, or name the directory of its programs as bin_dir", server.Major()))
 }
 
-// candidates lists the directories to look into, best first.
-func candidates(major int) []string {
+// candidates lists the directories to look into for a program, best first: those
+// of that major version and newer ones, then the one in PATH.
+func candidates(major int, program string) []string {
 	type place struct {
 		major int
 		dir   string
@@ -87,7 +116,7 @@ func candidates(major int) []string {
 	for _, p := range places {
 		dirs = append(dirs, p.dir)
 	}
-	if path, err := exec.LookPath("pg_dump"); err == nil {
+	if path, err := exec.LookPath(program); err == nil {
 		dirs = append(dirs, filepath.Dir(path))
 	}
 	return dirs

@@ -48,7 +48,7 @@ const (
 
 	PGDown     Kind = "pg-down"
 	PGDenied   Kind = "pg-denied"
-	PGVersion  Kind = "pg-version" // client programs missing, or older than the server
+	PGVersion  Kind = "pg-version" // PostgreSQL's programs are missing, or of a version that does not fit
 	NoSpace    Kind = "no-space"
 	ClockSkew  Kind = "clock-skew"
 	Stalled    Kind = "stalled" // a child process made no progress
@@ -95,7 +95,7 @@ var kinds = map[Kind]row{
 	WALHole:        {exit: 23, means: "segments are missing in the archive, in the middle or before a promotion", hint: "pgkeep wal audit --fill on the new primary puts back what it still has; else take a physical backup now"},
 	PGDown:         {exit: 30, retry: true, means: "PostgreSQL does not answer, or went away in the middle", hint: "is PostgreSQL running, and is the conninfo of the cluster right?"},
 	PGDenied:       {exit: 31, means: "PostgreSQL refuses the login, or a right is missing", hint: "check pg_hba.conf, the password file and the rights of the backup role"},
-	PGVersion:      {exit: 32, means: "the client programs are missing, or older than the server", hint: "install the client programs of the server's major version, or name their directory as bin_dir"},
+	PGVersion:      {exit: 32, means: "PostgreSQL's programs are missing, or of a version that does not fit", hint: "install the client programs of the server's major version, or name their directory as bin_dir"},
 	NotArchiving:   {exit: 25, means: "PostgreSQL has segments to archive, and they wait for too long", hint: "the server's log says what archive_command ran into; until it works, pg_wal grows"},
 	NoSpace:        {exit: 34, means: "the disk is full, or too small for what is to come", hint: "free space, or put spool on a larger file system"},
 	ClockSkew:      {exit: 35, means: "the clocks of this host and of the object store are too far apart", hint: "set the clock of this host, with chrony or systemd-timesyncd"},

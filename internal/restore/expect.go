@@ -28,7 +28,7 @@ func (p Physical) Closed(plan PhysicalPlan) (names []string) {
 // Reach finds out which backup leads to the target, and over which log. Nothing
 // of the plan is said about directories: Dir is not looked at.
 func (p Physical) Reach(ctx context.Context) (plan PhysicalPlan, err error) {
-	if plan.resolved, err = p.resolve(ctx); err == nil {
+	if plan.resolved, _, err = p.resolve(ctx); err == nil {
 		plan.describe(p)
 	}
 	return plan, err

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/pgkeep/pgkeep/internal/audit"
+	"github.com/pgkeep/pgkeep/internal/cluster"
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/repo"
@@ -51,9 +52,15 @@ type Physical struct {
 	// archiving, replication and subscriptions. Otherwise these are turned off.
 	Takeover bool
 
+	// Servers are directories on this host that may hold the programs of a server,
+	// the likely ones first. If some do, and none is of the backup's major version,
+	// the plan is refused. Nil: nobody has looked.
+	Servers []string
 	// Job names what asks for the restore. Done knows by it what this job has
 	// finished already. "": nobody asks again.
 	Job string
+
+	free func(dir string) (device uint64, free int64, err error) // nil: as the file system says
 
 	Readers  int                                   // packs read at a time; 0: 3
 	Progress func(stage string, done, total int64) // bytes; may be nil, and be called from several goroutines
@@ -84,6 +91,8 @@ type PhysicalPlan struct {
 	Tablespaces []TablespacePlace `json:"tablespaces,omitempty"`
 	Config      []string          `json:"config,omitempty"` // files of the configuration that stood elsewhere
 	Space       []Space           `json:"space"`
+	Server      string            `json:"server,omitempty"` // the directory of the programs that can run it; "": not known
+	Time        Forecast          `json:"time"`
 	Notes       []string          `json:"notes,omitempty"`
 	Passed      []Passed          `json:"passed,omitempty"`
 
@@ -120,10 +129,14 @@ func (p Physical) Plan(ctx context.Context) (PhysicalPlan, error) {
 		return plan, err
 	}
 	var err error
-	if plan.resolved, err = p.resolve(ctx); err != nil {
+	var backups []repo.Listed
+	if plan.resolved, backups, err = p.resolve(ctx); err != nil {
 		return plan, err
 	}
 	plan.describe(p)
+	if err := p.planServer(ctx, &plan); err != nil {
+		return plan, err
+	}
 	if err := p.readSource(&plan); err != nil {
 		return plan, err
 	}
@@ -136,7 +149,10 @@ func (p Physical) Plan(ctx context.Context) (PhysicalPlan, error) {
 	if err := p.planPlaces(&plan); err != nil {
 		return plan, err
 	}
-	return plan, p.spareSource(&plan)
+	if err := p.spareSource(&plan); err != nil {
+		return plan, err
+	}
+	return plan, p.planTime(ctx, &plan, backups)
 }
 
 // allow asks whether all places of a plan are allowed.
@@ -190,10 +206,10 @@ func (p *Physical) check() error {
 }
 
 // resolve asks the repository what Resolve needs to know.
-func (p Physical) resolve(ctx context.Context) (Resolved, error) {
+func (p Physical) resolve(ctx context.Context) (Resolved, []repo.Listed, error) {
 	backups, err := p.Repo.Backups(ctx, p.Cluster)
 	if err != nil {
-		return Resolved{}, err
+		return Resolved{}, nil, err
 	}
 	archive := repo.Archive{Cluster: p.Cluster}
 	for _, b := range backups { // of the cluster's lives, the newest
@@ -204,10 +220,40 @@ func (p Physical) resolve(ctx context.Context) (Resolved, error) {
 	ledger := audit.Ledger{Archive: archive}
 	if archive.System != 0 {
 		if ledger, _, err = audit.Survey(ctx, p.Repo, archive, audit.Ledger{}); err != nil {
-			return Resolved{}, err
+			return Resolved{}, nil, err
 		}
 	}
-	return Resolve(ctx, p.Target, p.Backup, backups, ledger, ScanArchive(p.Repo, ledger))
+	res, err := Resolve(ctx, p.Target, p.Backup, backups, ledger, ScanArchive(p.Repo, ledger))
+	return res, backups, err
+}
+
+// planServer looks for a server that can run what is restored: one of the same
+// major version, no other can open it.
+func (p Physical) planServer(ctx context.Context, plan *PhysicalPlan) error {
+	want := plan.resolved.Backup.Version.Major()
+	var others, unclear []string
+	for _, dir := range p.Servers {
+		v, err := cluster.ServerVersion(ctx, dir)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+		case err != nil:
+			unclear = append(unclear, fmt.Sprintf("of which version the server in %s is, it does not say: %v", dir, err))
+		case v.Major() == want:
+			plan.Server = dir
+			return nil
+		default:
+			others = append(others, fmt.Sprintf("%v in %s", v, dir))
+		}
+	}
+	if len(others) > 0 && len(unclear) == 0 {
+		return fail.Hint(fmt.Errorf("restore: backup %s is of PostgreSQL %d, and this host has %s: %w", plan.Backup.ID, want, strings.Join(others, ", "), fail.PGVersion),
+			fmt.Sprintf("no other major version can open it: apt-get install postgresql-%d, or name the directory of its programs as bin_dir of the cluster", want))
+	}
+	plan.Notes = append(plan.Notes, unclear...)
+	if p.Servers != nil {
+		plan.Notes = append(plan.Notes, fmt.Sprintf("no server of PostgreSQL %d was found on this host; no other major version can open what is restored", want))
+	}
+	return nil
 }
 
 // describe fills in what follows from the resolved target.

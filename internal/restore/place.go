@@ -374,16 +374,19 @@ func (p Physical) checkSpace(plan *PhysicalPlan) error {
 		if _, err := os.Stat(at); err != nil {
 			at = filepath.Dir(at)
 		}
-		var st unix.Stat_t
-		var vfs unix.Statfs_t
-		if err := errors.Join(unix.Stat(at, &st), unix.Statfs(at, &vfs)); err != nil {
+		free := p.free
+		if free == nil {
+			free = freeAt
+		}
+		device, bytes, err := free(at)
+		if err != nil {
 			return fmt.Errorf("restore: space at %s: %w", at, err)
 		}
-		s.Free = int64(vfs.Bavail) * vfs.Bsize
-		v := volumes[st.Dev]
+		s.Free = bytes
+		v := volumes[device]
 		if v == nil {
 			v = &volume{free: s.Free}
-			volumes[st.Dev] = v
+			volumes[device] = v
 		}
 		v.need += s.Need
 		v.dirs = append(v.dirs, s.Dir)
@@ -408,6 +411,14 @@ func (p Physical) checkSpace(plan *PhysicalPlan) error {
 		}
 	}
 	return nil
+}
+
+// freeAt asks a file system for the space that anybody may use.
+func freeAt(dir string) (device uint64, free int64, err error) {
+	var st unix.Stat_t
+	var vfs unix.Statfs_t
+	err = errors.Join(unix.Stat(dir, &st), unix.Statfs(dir, &vfs))
+	return st.Dev, int64(vfs.Bavail) * vfs.Bsize, err
 }
 
 // usedBy counts the bytes of disk below a directory; none if it is not there.
