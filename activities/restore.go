@@ -2,10 +2,12 @@ package activities
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"go.temporal.io/sdk/activity"
 
+	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/restore"
 )
@@ -76,6 +78,9 @@ func (r *Restorer) RestoreFiles(ctx context.Context, req RestoreRequest) error {
 		}
 		p.Progress = func(_ string, done, total int64) { moved(Progress{Done: done, Total: total}) }
 		_, err = p.Run(ctx, plan)
+		if errors.Is(err, fail.AlreadyRunning) { // an attempt that was given up, and does not know yet
+			err = fail.With(fail.Stopping, err)
+		}
 		return err
 	})
 }

@@ -1,13 +1,18 @@
 package restore_test
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
 	"sync"
 	"testing"
 
+	"go.temporal.io/sdk/testsuite"
+
+	"github.com/pgkeep/pgkeep/activities"
 	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/restore"
 )
 
 // Class C10: of two restores into one directory, one is refused. And whoever has
@@ -30,6 +35,9 @@ func TestC10ADirectoryIsRestoredByOneAtATime(t *testing.T) {
 		}
 		if !errors.Is(err, fail.AlreadyRunning) {
 			t.Errorf("a second one at the same time: %v", err)
+		}
+		if err := attempt(other); !fail.KindOf(err).Retry() {
+			t.Errorf("another attempt at the same time: %v", err)
 		}
 	}
 	var once sync.Once
@@ -81,6 +89,16 @@ func TestC10ADirectoryIsRestoredByOneAtATime(t *testing.T) {
 			}
 		}
 	}
+}
+
+// attempt is what a worker does for a workflow, which is the same each time.
+func attempt(p restore.Physical) error {
+	var suite testsuite.WorkflowTestSuite
+	env := suite.NewTestActivityEnvironment()
+	r := &activities.Restorer{Prepare: func(context.Context, activities.RestoreRequest) (restore.Physical, error) { return p, nil }}
+	env.RegisterActivity(r)
+	_, err := env.ExecuteActivity(r.RestoreFiles, activities.RestoreRequest{})
+	return err
 }
 
 // openDirs counts how often this process has each directory open.
@@ -169,4 +187,18 @@ func TestAFinishedRestoreIsNotDoneAgain(t *testing.T) {
 	done("second", false)
 	s.restored(p)
 	done("second", true)
+
+	// So it is with a workflow, whose worker has died with the answer.
+	since := filepath.Join(p.Dir, "since")
+	for i := range 2 {
+		if err := attempt(p); err != nil {
+			t.Fatalf("attempt %d: %v", i, err)
+		}
+		if _, err := os.Stat(since); (err == nil) != (i > 0) {
+			t.Errorf("attempt %d: %v", i, err)
+		}
+		if err := os.WriteFile(since, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
