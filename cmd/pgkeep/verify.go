@@ -220,6 +220,9 @@ func (v verdict) print(e *env) {
 		e.say("%s: %s", v.ID, note)
 	}
 	read := fmt.Sprintf("%s, %s in %s", count(v.Files, "file"), size(v.Stored), count(v.Packs, "pack"))
+	if v.Read < v.Packs {
+		read = fmt.Sprintf("%s, a sample of %s in %d of %s", count(v.Files, "file"), size(v.Stored), v.Read, count(v.Packs, "pack"))
+	}
 	switch {
 	case v.Sound:
 		fmt.Fprintf(e.out, "%s  %s  sound (%s): %s\n", v.ID, v.Cluster, v.Verified, read)

@@ -339,8 +339,12 @@ func (r *Repo) standing(ctx context.Context, cluster string) (all []standing, er
 		if errors.Is(err, store.ErrNotExist) {
 			continue
 		}
+		if damaged(err) {
+			return nil, fail.Hint(fmt.Errorf("what backup %s, which is not finished, keeps of others is not known, so nothing is removed: %w", b.ID, err),
+				"if it does not run any more, delete it: pgkeep delete "+string(b.ID))
+		}
 		if err != nil {
-			return nil, err // it may pin anything
+			return nil, err
 		}
 		b.pins = in.Pins
 	}

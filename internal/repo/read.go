@@ -57,8 +57,9 @@ type Report struct {
 	Verified Verified `json:"verified"` // how deep it looked
 	Files    int      `json:"files"`
 	Packs    int      `json:"packs"`
-	Bytes    int64    `json:"bytes"`  // of the files
-	Stored   int64    `json:"stored"` // of the packs read
+	Read     int      `json:"packs_read"` // of them, those whose content was read
+	Bytes    int64    `json:"bytes"`      // of the files
+	Stored   int64    `json:"stored"`     // of the packs read
 	Damage   []Damage `json:"damage,omitempty"`
 }
 
@@ -230,6 +231,9 @@ func (re *reader) part(ctx context.Context, id ID, part Part) error {
 		default:
 			work = append(work, packWork{p, frames[i]})
 			re.total.Add(p.Size)
+			if fresh[i] {
+				re.rep.Read++
+			}
 		}
 	}
 	return re.packs(ctx, work)

@@ -108,8 +108,9 @@ func (r *Repo) Write(ctx context.Context, w Writing, files []File) (Content, err
 // pins, is compared by hash, block by block, and kept: only the rest is sent.
 //
 // Data goes in packs, then parts of the list of files, then the draft, which
-// makes it count. Its methods are called one after another. What it holds is
-// memory alone, and that does not grow with the number or size of files.
+// makes it count. Its methods are called one after another. It writes nothing to
+// this host's disks. The memory it takes does not grow with the number or size of
+// files, but for the keys of packs: about 150 bytes for each pack of the backup.
 type Writer struct {
 	repo *Repo
 	opt  Writing
