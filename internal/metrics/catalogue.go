@@ -14,6 +14,11 @@ const (
 	kindOther = "other"
 )
 
+// scheduled are the kinds of schedules.
+func scheduled() []string {
+	return []string{workflows.Logical, workflows.Physical, workflows.KindWALAudit, workflows.KindRestoreTest}
+}
+
 // A Metric is one of those that there are for every cluster.
 type Metric struct {
 	Name    string
@@ -28,7 +33,7 @@ type Metric struct {
 // Catalogue lists the metrics of clusters.
 func Catalogue() []Metric {
 	backups := []string{string(repo.Logical), string(repo.Physical)}
-	scheduled := []string{workflows.Logical, workflows.Physical, workflows.KindWALAudit}
+	scheduled := scheduled()
 	sources := []string{string(Repository), string(Server), string(Schedules)}
 
 	stored := func(f func(s *State, of string) float64) func(*State, string, time.Time) float64 {

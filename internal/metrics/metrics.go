@@ -261,7 +261,7 @@ func (m *Metrics) lookSchedules(ctx context.Context, w *watch) {
 			return nil, err
 		}
 		found := make(map[string]schedule.Existing)
-		for _, kind := range []string{workflows.Logical, workflows.Physical, workflows.KindWALAudit} {
+		for _, kind := range scheduled() {
 			e, ok, err := schedule.Describe(ctx, c, workflows.BackupWorkflowID(w.auditor.Name, kind))
 			if err != nil {
 				return nil, err

@@ -1,0 +1,199 @@
+package deploy
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"go.yaml.in/yaml/v3"
+)
+
+const rules = "prometheus/pgkeep.rules.yml"
+
+// A scrape is the value of each series, in Prometheus' words.
+type scrape map[string]string
+
+// recorded is what a worker told once, of what the rules ask for: see
+// TestMetricsOfAWorker.
+func recorded(t *testing.T, name string) scrape {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join("prometheus/testdata", name+".prom"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked, err := os.ReadFile(rules)
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := regexp.MustCompile(`\b(pgkeep|temporal)_[a-z0-9_]+`).FindAllString(string(asked), -1)
+	s := scrape{"up{}": "1"}
+	for line := range strings.Lines(string(text)) {
+		name, _, _ := strings.Cut(line, "{")
+		if series, value, ok := strings.Cut(strings.TrimSpace(line), "} "); ok && slices.Contains(names, name) {
+			s[series+"}"] = value
+		}
+	}
+	if len(s) < 30 {
+		t.Fatalf("%s holds %d series", name, len(s))
+	}
+	return s
+}
+
+// with is s with other values. "a b" is a for the first half of a day, and then
+// b. A series that is not recorded is an error: no rule would wait for it.
+func (s scrape) with(t *testing.T, other scrape) scrape {
+	t.Helper()
+	s = maps.Clone(s)
+	for series, value := range other {
+		if _, ok := s[series]; !ok {
+			t.Errorf("no worker tells %s", series)
+		}
+		s[series] = value
+	}
+	return s
+}
+
+// input is s as promtool takes it: for 26 hours, every quarter of one.
+func (s scrape) input() (all []map[string]string) {
+	const samples = 26 * 4
+	for series, value := range s {
+		first, second, changes := strings.Cut(value, " ")
+		if !changes {
+			second = first
+		}
+		name, labels, _ := strings.Cut(strings.TrimSuffix(series, "}"), "{")
+		if labels != "" {
+			labels += ","
+		}
+		values := strings.Repeat(strings.TrimPrefix(first, "+")+" ", samples/2) + strings.Repeat(strings.TrimPrefix(second, "+")+" ", samples/2)
+		all = append(all, map[string]string{"series": fmt.Sprintf("%s{%sjob=\"pgkeep\",instance=\"db1:9788\"}", name, labels), "values": values})
+	}
+	return all
+}
+
+// Of what was recorded, and of everything that can go wrong beside it, exactly
+// the right alerts are raised.
+func TestAlertRules(t *testing.T) {
+	const main = `{cluster="main"}`
+	kind := func(k string) string { return `{cluster="main",kind="` + k + `"}` }
+	first, sound, faulty := recorded(t, "first"), recorded(t, "sound"), recorded(t, "faulty")
+	down := sound.with(t, scrape{"up{}": "0"})
+	deaf := maps.Clone(sound)
+	for series := range sound {
+		if strings.HasPrefix(series, "temporal_num_pollers") {
+			deaf[series] = "0"
+		}
+	}
+	cases := []struct {
+		what string
+		told scrape
+		want []string // alerts, with what tells them apart
+	}{
+		{"all is well", sound, nil},
+		{"before anything was seen", first, []string{"PgkeepBlind main repository", "PgkeepBlind main schedules", "PgkeepBlind main server"}},
+		{"a hole, a failed test, a paused schedule, PostgreSQL gone", faulty, []string{"PgkeepRestoreTestFailed main logical", "PgkeepSchedulePaused main logical", "PgkeepUnproven main logical", "PgkeepWALHole main"}},
+		{"nobody is there", scrape{"up{}": "0"}, []string{"PgkeepAbsent", "PgkeepWorkerDown"}},
+		{"a worker is down", down, []string{"PgkeepWorkerDown"}},
+		{"a source is silent", sound.with(t, scrape{`pgkeep_look_age_seconds{cluster="main",source="repository"}`: "1801"}), []string{"PgkeepBlind main repository"}},
+		{"a backup is old", sound.with(t, scrape{"pgkeep_backup_age_seconds" + kind("logical"): "93601"}), []string{"PgkeepNoRecentBackup main logical"}},
+		{"a kind that is scheduled was never taken", sound.with(t, scrape{"pgkeep_schedule_present" + kind("physical"): "1"}), []string{"PgkeepNoRecentBackup main physical"}},
+		{"there is no backup", sound.with(t, scrape{"pgkeep_backups" + kind("logical"): "0"}), []string{"PgkeepNoBackup main"}},
+		{"a backup is damaged", sound.with(t, scrape{"pgkeep_backups_damaged" + main: "1"}), []string{"PgkeepBackupDamaged main"}},
+		{"a backup leads nowhere", sound.with(t, scrape{"pgkeep_backups_unusable" + main: "1"}), []string{"PgkeepBackupUnusable main"}},
+		{"a hole", sound.with(t, scrape{"pgkeep_wal_holes" + main: "1"}), []string{"PgkeepWALHole main"}},
+		{"files wait", sound.with(t, scrape{"pgkeep_wal_ready_age_seconds" + main: "601"}), []string{"PgkeepWALNotArchived main"}},
+		{"the archive is behind", sound.with(t, scrape{"pgkeep_wal_lag_bytes" + main: "2e9"}), []string{"PgkeepWALBehind main"}},
+		{"nothing is archived", sound.with(t, scrape{"pgkeep_wal_archiving" + main: "0"}), []string{"PgkeepArchivingOff main"}},
+		{"nothing is archived, as is wanted", sound.with(t, scrape{"pgkeep_wal_archiving" + main: "0", "pgkeep_schedule_present" + kind("wal-audit"): "0"}), nil},
+		{"a restore test failed", sound.with(t, scrape{"pgkeep_restore_test_passed" + kind("logical"): "0"}), []string{"PgkeepRestoreTestFailed main logical"}},
+		{"nothing was ever proved", sound.with(t, scrape{"pgkeep_proven_age_seconds" + kind("logical"): "+Inf"}), []string{"PgkeepUnproven main logical"}},
+		{"a schedule is paused", sound.with(t, scrape{"pgkeep_schedule_paused" + kind("wal-audit"): "1"}), []string{"PgkeepSchedulePaused main wal-audit"}},
+		{"a schedule was paused for some hours", sound.with(t, scrape{"pgkeep_schedule_paused" + kind("wal-audit"): "0 1"}), nil},
+		{"starts were missed", sound.with(t, scrape{"pgkeep_schedule_missed_total" + kind("logical"): "0 2"}), []string{"PgkeepScheduleMissed main logical"}},
+		{"starts were skipped", sound.with(t, scrape{"pgkeep_schedule_skipped_total" + kind("logical"): "3 4"}), []string{"PgkeepScheduleSkipped main logical"}},
+		{"nobody polls", deaf, []string{"PgkeepNoPollers db1:9788 pgkeep", "PgkeepNoPollers db1:9788 pgkeep-host-db1"}},
+	}
+
+	type sample struct {
+		Labels string  `yaml:"labels"`
+		Value  float64 `yaml:"value"`
+	}
+	var tests []map[string]any
+	seen := make(map[string]bool)
+	for _, c := range cases {
+		var want []sample
+		for _, alert := range c.want {
+			fields := strings.Fields(alert)
+			seen[fields[0]] = true
+			labels := fmt.Sprintf("{alertname=%q", fields[0])
+			names := []string{"cluster", "kind"}
+			switch fields[0] {
+			case "PgkeepBlind":
+				names[1] = "source"
+			case "PgkeepNoPollers":
+				names = []string{"instance", "task_queue"}
+			}
+			for i, v := range fields[1:] {
+				labels += fmt.Sprintf(",%s=%q", names[i], v)
+			}
+			if fields[0] == "PgkeepWorkerDown" {
+				labels += `,instance="db1:9788"`
+			}
+			want = append(want, sample{labels + "}", 1})
+		}
+		// What tells nothing of the matter is left out.
+		firing := `group by (alertname, cluster, kind, source, task_queue) (ALERTS{alertstate="firing", alertname!~"PgkeepNoPollers|PgkeepWorkerDown"})` +
+			` or group by (alertname, instance, task_queue) (ALERTS{alertstate="firing", alertname=~"PgkeepNoPollers|PgkeepWorkerDown"})`
+		tests = append(tests, map[string]any{"name": c.what, "interval": "15m", "input_series": c.told.input(),
+			"promql_expr_test": []map[string]any{{"expr": firing, "eval_time": "25h30m", "exp_samples": want}}})
+	}
+
+	var all struct {
+		Groups []struct {
+			Rules []struct {
+				Alert, Expr string
+				Labels      map[string]string
+				Annotations map[string]string
+			}
+		}
+	}
+	text, err := os.ReadFile(rules)
+	if err == nil {
+		err = yaml.Unmarshal(text, &all)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range all.Groups[0].Rules {
+		if !seen[r.Alert] {
+			t.Errorf("%s is never raised in a test", r.Alert)
+		}
+		if !slices.Contains([]string{"critical", "warning"}, r.Labels["severity"]) || r.Annotations["summary"] == "" || r.Annotations["description"] == "" {
+			t.Errorf("%s: %v, %v", r.Alert, r.Labels, r.Annotations)
+		}
+	}
+
+	abs, err := filepath.Abs(rules)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "pgkeep_test.yml")
+	b, err := yaml.Marshal(map[string]any{"rule_files": []string{abs}, "evaluation_interval": "15m", "tests": tests})
+	if err == nil {
+		err = os.WriteFile(file, b, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"check", "rules", abs}, {"test", "rules", file}} {
+		if out, err := exec.CommandContext(t.Context(), "promtool", args...).CombinedOutput(); err != nil {
+			t.Errorf("promtool %s %s (Debian's package prometheus): %v\n%s", args[0], args[1], err, out)
+		}
+	}
+}
