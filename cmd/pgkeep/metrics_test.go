@@ -38,23 +38,21 @@ clusters:
 	if err != nil {
 		t.Fatal(err)
 	}
-	var out, said bytes.Buffer
-	command := func(ctx context.Context, args ...string) int {
-		out.Reset()
-		said.Reset()
-		return run(ctx, append([]string{"pgkeep", "--config", file}, args...), strings.NewReader(""), &out, &said)
+	command := func(ctx context.Context, said io.Writer, args ...string) int {
+		return run(ctx, append([]string{"pgkeep", "--config", file}, args...), strings.NewReader(""), io.Discard, said)
 	}
-	if status := command(t.Context(), "key", "init"); status != 0 {
+	var said bytes.Buffer
+	if status := command(t.Context(), &said, "key", "init"); status != 0 {
 		t.Fatalf("%d: %s", status, &said)
 	}
-	if status := command(t.Context(), "worker"); status != 2 || !strings.Contains(said.String(), "metrics.listen") {
+	if status := command(t.Context(), &said, "worker"); status != 2 || !strings.Contains(said.String(), "metrics.listen") {
 		t.Errorf("with a port that is taken: %d: %s", status, &said)
 	}
 
 	l.Close()
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan int)
-	go func() { done <- command(ctx, "worker") }()
+	go func() { done <- command(ctx, io.Discard, "worker") }()
 	text := ""
 	eventually(t, "it has looked at the repository, and failed to at the server", func() bool {
 		rsp, err := http.Get("http://" + address + "/metrics")
