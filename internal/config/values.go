@@ -437,6 +437,79 @@ func checkCron(s string) error {
 	return nil
 }
 
+// Every is the longest time between two starts, but for changes of the clock.
+// A Cron that never starts anything has none: 0.
+func (c Cron) Every() time.Duration {
+	s := string(c)
+	if every, ok := strings.CutPrefix(s, "@every "); ok {
+		d, _ := ParseDuration(every) // it was checked
+		return d
+	}
+	words := map[string]string{"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
+		"@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *"}
+	if fields, ok := words[s]; ok {
+		s = fields
+	}
+	f := strings.Fields(s)
+	if len(f) != len(cronFields) {
+		return 0
+	}
+	var minutes []int // of a day, at which it starts
+	for n := range 24 * 60 {
+		if cronHas(0, f[0], n%60) && cronHas(1, f[1], n/60) {
+			minutes = append(minutes, n)
+		}
+	}
+	if len(minutes) == 0 {
+		return 0
+	}
+	first, last := minutes[0], minutes[len(minutes)-1]
+	longest := 0
+	for i, n := range minutes[1:] {
+		longest = max(longest, n-minutes[i])
+	}
+	const years = 9 // there may be eight between two leap days
+	before := -1    // day of the start before
+	begin := time.Date(2096, 1, 1, 0, 0, 0, 0, time.UTC)
+	for day := range years * 366 {
+		t := begin.AddDate(0, 0, day)
+		if !cronHas(2, f[2], t.Day()) || !cronHas(3, f[3], int(t.Month())) || !cronHas(4, f[4], int(t.Weekday())) && !(t.Weekday() == 0 && cronHas(4, f[4], 7)) {
+			continue
+		}
+		if before >= 0 {
+			longest = max(longest, (day-before)*24*60+first-last)
+		}
+		before = day
+	}
+	return time.Duration(longest) * time.Minute
+}
+
+// cronHas reports whether a field, which was checked, holds n.
+func cronHas(field int, text string, n int) bool {
+	for part := range strings.SplitSeq(text, ",") {
+		part, step, stepped := strings.Cut(part, "/")
+		low, top := cronFields[field].low, cronFields[field].top
+		if part != "*" {
+			from, to, ranged := strings.Cut(part, "-")
+			low, _ = cronNumber(field, from)
+			switch {
+			case ranged:
+				top, _ = cronNumber(field, to)
+			case !stepped:
+				top = low
+			}
+		}
+		by, err := strconv.Atoi(step)
+		if err != nil {
+			by = 1
+		}
+		if low <= n && n <= top && (n-low)%by == 0 {
+			return true
+		}
+	}
+	return false
+}
+
 // cronPart reports whether part is "*", "n" or "n-m", with or without "/step".
 func cronPart(field int, part string) bool {
 	part, step, ok := strings.Cut(part, "/")

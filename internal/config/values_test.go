@@ -144,3 +144,20 @@ func TestDurations(t *testing.T) {
 		}
 	}
 }
+
+func TestCronEvery(t *testing.T) {
+	const day = 24 * time.Hour
+	for text, want := range map[string]time.Duration{
+		"@every 6h": 6 * time.Hour, "@hourly": time.Hour, "@daily": day, "@weekly": 7 * day, "@monthly": 31 * day, "@yearly": 366 * day,
+		"30 1 * * *": day, "*/15 * * * *": 15 * time.Minute, "0 2,14 * * *": 12 * time.Hour, "0 8-18/2 * * *": 14 * time.Hour,
+		"0 3 * * sun": 7 * day, "0 3 * * 7": 7 * day, "0 3 * * mon-fri": 3 * day, "0 0 29 2 *": (8*365 + 1) * day, "5/20 * * * *": 20 * time.Minute, "0 0 31 2 *": 0,
+	} {
+		var c config.Cron
+		if err := c.UnmarshalText([]byte(text)); err != nil {
+			t.Fatal(err)
+		}
+		if got := c.Every(); got != want {
+			t.Errorf("%s starts every %v at least, want %v", text, got, want)
+		}
+	}
+}
