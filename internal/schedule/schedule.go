@@ -55,8 +55,9 @@ type Existing struct {
 	Paused bool
 	Note   string // an operator's
 
-	Next    time.Time // zero if there is none, as for a paused one
-	Last    time.Time // of the last start; zero if there was none
+	Next    time.Time     // zero if there is none, as for a paused one
+	Every   time.Duration // the longest time between any two of the next starts; 0 if there are none
+	Last    time.Time     // of the last start; zero if there was none
 	Running []Run
 	Missed  int // starts that were too old to be made up for
 	Skipped int // starts given up because a run was still going on

@@ -98,6 +98,9 @@ func describe(ctx context.Context, c client.Client, id string) (Existing, error)
 	}
 	if len(d.Info.NextActionTimes) > 0 && !e.Paused {
 		e.Next = d.Info.NextActionTimes[0]
+		for i, next := range d.Info.NextActionTimes[1:] {
+			e.Every = max(e.Every, next.Sub(d.Info.NextActionTimes[i]))
+		}
 	}
 	return e, nil
 }

@@ -196,10 +196,14 @@ func TestServerHasWhatWasWanted(t *testing.T) {
 	}
 	want := []schedule.Existing{{
 		ID: s.ID(), Host: "db1", Cron: s.Cron, Hash: s.Hash(), TimeZone: s.TimeZone,
-		Jitter: s.Jitter, CatchupWindow: s.CatchupWindow, RunTimeout: s.RunTimeout, Next: d.Info.NextActionTimes[0],
+		Jitter: s.Jitter, CatchupWindow: s.CatchupWindow, RunTimeout: s.RunTimeout, Next: d.Info.NextActionTimes[0], Every: have[0].Every,
 	}}
 	if diff := cmp.Diff(want, have, cmpopts.EquateEmpty()); diff != "" {
 		t.Errorf("list differs (-want +got):\n%s", diff)
+	}
+	// With a jitter, and a change of the clock among them.
+	if every := have[0].Every; every < 23*time.Hour || every > 25*time.Hour+s.Jitter {
+		t.Errorf("it starts every %v, want a day", every)
 	}
 }
 
