@@ -62,6 +62,7 @@ const (
 	RestoreFailed Kind = "restore-failed" // what it restored into holds a part
 
 	ProofFailed Kind = "proof-failed" // a restore test found something wrong
+	Unhealthy   Kind = "unhealthy"    // backups are not as they should be, says doctor or check
 
 	TemporalDown Kind = "temporal-down"
 	Stopping     Kind = "stopping" // the worker was told to stop
@@ -106,6 +107,7 @@ var kinds = map[Kind]row{
 	Promoted:       {exit: 44, retry: true, means: "a standby was promoted while it was being copied", hint: "the next attempt copies the new primary; is that what you want?"},
 	FilesLost:      {exit: 45, means: "the data directory, or a tablespace, is not there any more", hint: "is a file system not mounted? Nothing was taken for dropped"},
 	ProofFailed:    {exit: 50, means: "a backup was restored for a test, and is not what it should be", hint: "pgkeep show names what is wrong; run pgkeep verify, and take a new backup"},
+	Unhealthy:      {exit: 51, means: "what is promised of backups does not hold now", hint: "each finding says how to put it right; pgkeep doctor looks at everything"},
 	TemporalDown:   {exit: 40, retry: true, means: "the Temporal server does not answer", hint: "is the Temporal server up? list, show, verify and restore work without it"},
 	Stopping:       {exit: 41, retry: true, means: "the worker was told to stop; another attempt goes on from here"},
 	Cancelled:      {exit: 42, means: "somebody cancelled it"},

@@ -1,13 +1,6 @@
 package health
 
-import (
-	"fmt"
-	"strings"
-	"time"
-
-	"github.com/pgkeep/pgkeep/internal/human"
-	"github.com/pgkeep/pgkeep/internal/repo"
-)
+import "fmt"
 
 // A Severity says how much a finding matters.
 type Severity string
@@ -27,113 +20,12 @@ type Finding struct {
 	Fix      string   `json:"fix"` // a command or a setting
 }
 
-// A Policy says what is expected of the backups of a cluster.
-type Policy struct {
-	// Age is how old the newest backup of a kind may be. Empty: the newest of
-	// any kind, DefaultAge.
-	Age map[repo.Kind]time.Duration
-	// Proof is how long ago the last restore test may have passed. 0:
-	// DefaultProof.
-	Proof time.Duration
+// findings collects what is wrong with one cluster, or with what all share.
+type findings struct {
+	cluster string
+	all     []Finding
 }
 
-// What is expected where nobody said.
-const (
-	DefaultAge   = 8 * 24 * time.Hour
-	DefaultProof = 30 * 24 * time.Hour
-)
-
-// Findings are what is wrong with what the repository holds.
-func (s Stored) Findings(p Policy, now time.Time) (found []Finding) {
-	find := func(name string, severity Severity, fix, what string, args ...any) {
-		found = append(found, Finding{name, severity, s.Cluster, fmt.Sprintf(what, args...), fix})
-	}
-	again := "pgkeep backup " + s.Cluster
-
-	for _, b := range s.Backups {
-		switch {
-		case b.Err != nil:
-			find("backup-damaged", Critical, again, "backup %s cannot be believed: %v", b.ID, b.Err)
-		case b.Physical != nil && b.Physical.Damaged > 0:
-			find("page-damage", Critical, "pgkeep show "+string(b.ID)+" names the files: look at the disk, and keep the last clean backup",
-				"%s of the cluster were damaged when backup %s was taken", human.Count(b.Physical.Damaged, "page"), b.ID)
-		}
-	}
-	s.findAge(p, now, find, again)
-	s.findTests(p, now, find, again)
-
-	if holes := s.Holes(); len(holes) > 0 {
-		files, names := 0, []string{}
-		for _, h := range holes {
-			files += h.Count
-			names = append(names, h.String())
-		}
-		if n := len(names); n > 3 {
-			names = append(names[:3], fmt.Sprintf("and in %d more places", n-3))
-		}
-		find("wal-hole", Critical, "pgkeep wal audit --fill --cluster "+s.Cluster+" where the server's pg_wal is; if nobody has them: "+again,
-			"%s missing from the archive: %s", human.Count(files, "file"), strings.Join(names, ", "))
-	}
-	for _, a := range s.Archives {
-		for _, b := range a.Stuck {
-			find("backup-stuck", Critical, again, "backup %s cannot be used: the archive lacks segments between %v and %v", b.ID, b.Start, b.Stop)
-		}
-	}
-	return found
-}
-
-type finder func(name string, severity Severity, fix, what string, args ...any)
-
-// findAge looks for backups that should have been taken.
-func (s Stored) findAge(p Policy, now time.Time, find finder, again string) {
-	if len(p.Age) == 0 {
-		p.Age = map[repo.Kind]time.Duration{"": DefaultAge}
-	}
-	for _, kind := range []repo.Kind{repo.Physical, repo.Logical, ""} {
-		limit, ok := p.Age[kind]
-		if !ok {
-			continue
-		}
-		kinds, name, fix := []repo.Kind{kind}, string(kind)+" backup", "pgkeep backup --kind "+string(kind)+" "+s.Cluster
-		if kind == "" {
-			kinds, name, fix = nil, "backup", again
-		}
-		newest, ok := s.Newest(kinds...)
-		switch age := now.Sub(newest.FinishedAt); {
-		case !ok:
-			find("backup-missing", Critical, fix, "there is no %s", name)
-		case age > 2*limit:
-			find("backup-old", Critical, fix, "the newest %s is %s old, and should be %s at most", name, human.Span(age), human.Span(limit))
-		case age > limit:
-			find("backup-old", Warning, fix, "the newest %s is %s old, and should be %s at most", name, human.Span(age), human.Span(limit))
-		}
-	}
-}
-
-// findTests looks for what restore tests found, and for those not made.
-func (s Stored) findTests(p Policy, now time.Time, find finder, again string) {
-	if p.Proof == 0 {
-		p.Proof = DefaultProof
-	}
-	for _, b := range s.Backups {
-		if t, ok := b.Tested(); ok && !t.Passed {
-			why := t.Report.Public().Summary()
-			find("test-failed", Critical, "pgkeep show "+string(b.ID)+" names what is wrong; then "+again, "the restore test of backup %s failed: %s", b.ID, why)
-		}
-	}
-	oldest := time.Time{}
-	for _, b := range s.Backups {
-		if b.Usable() {
-			oldest = b.FinishedAt
-			break
-		}
-	}
-	fix := "pgkeep restore-test --cluster " + s.Cluster
-	switch last, ok := s.Proven(); {
-	case oldest.IsZero():
-	case !ok:
-		find("never-tested", Warning, fix, "no backup was ever restored for a test")
-	case now.Sub(last.FinishedAt) > p.Proof:
-		find("unproven", Warning, fix, "the last restore test that passed was %s ago, and should be %s ago at most", human.Span(now.Sub(last.FinishedAt)), human.Span(p.Proof))
-	}
+func (f *findings) add(name string, severity Severity, fix, what string, args ...any) {
+	f.all = append(f.all, Finding{name, severity, f.cluster, fmt.Sprintf(what, args...), fix})
 }

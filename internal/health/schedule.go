@@ -1,6 +1,11 @@
 package health
 
-import "time"
+import (
+	"fmt"
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/human"
+)
 
 // A Schedule is what Temporal starts by itself for a cluster.
 type Schedule struct {
@@ -8,10 +13,44 @@ type Schedule struct {
 	Cron     string
 	TimeZone string
 	Paused   bool
-	Note     string    // an operator's
-	Next     time.Time // zero: it starts nothing
-	Last     time.Time // zero: it never did
+	Note     string        // an operator's
+	Next     time.Time     // zero: it starts nothing
+	Every    time.Duration // the time between the next two starts; 0: not known
+	Last     time.Time     // zero: it never did
 	Running  bool
 	Missed   int // starts that were too old to be made up for
 	Skipped  int // starts given up because a run was still going on
+}
+
+// FindSchedules finds what is wrong with the schedules of a cluster: those of the
+// kinds that are wanted must be there.
+func FindSchedules(cluster string, have []Schedule, wanted []string, now time.Time) []Finding {
+	f := &findings{cluster: cluster}
+	if len(have) == 0 && len(wanted) == 0 {
+		f.add("unscheduled", Warning, "write schedules into the configuration, then: pgkeep schedule apply", "nothing starts backups by itself")
+	}
+	found := make(map[string]bool)
+	for _, s := range have {
+		found[s.Kind] = true
+		name := cluster + "/" + s.Kind
+		switch {
+		case s.Paused:
+			note := ""
+			if s.Note != "" {
+				note = fmt.Sprintf(" (%s)", s.Note)
+			}
+			f.add("schedule-paused", Warning, "pgkeep schedule unpause "+name, "schedule %s is paused%s: it starts nothing", name, note)
+		case s.Running && s.Every > 0 && now.Sub(s.Last) > s.Every:
+			f.add("schedule-skipping", Warning, "pgkeep ps shows what it does; pgkeep cancel "+name+" ends it", "the run of schedule %s goes on for %s, and it should start every %s: starts are skipped",
+				name, human.Span(now.Sub(s.Last)), human.Span(s.Every))
+		case s.Next.IsZero():
+			f.add("schedule-ended", Warning, "pgkeep schedule apply", "schedule %s has no next start", name)
+		}
+	}
+	for _, kind := range wanted {
+		if !found[kind] {
+			f.add("schedule-missing", Critical, "pgkeep schedule apply", "schedule %s/%s stands in the configuration, and the Temporal server does not have it", cluster, kind)
+		}
+	}
+	return f.all
 }

@@ -36,6 +36,12 @@ type Test struct {
 	Report proof.Report // zero if Err is not nil
 }
 
+// Answered reports whether t says something about the backup: it passed, or
+// found something wrong. Else it was kept from an answer, as by a full disk.
+func (t Test) Answered() bool {
+	return t.Err == nil && (t.Passed || fail.KindOf(t.Report.Err()) == fail.ProofFailed)
+}
+
 // Look reads what the repository holds of a cluster. It takes no key that opens
 // data. now is when it begins.
 func Look(ctx context.Context, r *repo.Repo, cluster string, now time.Time) (Stored, error) {
@@ -79,15 +85,15 @@ func tests(ctx context.Context, r *repo.Repo, b repo.Ref) ([]Test, error) {
 // Usable reports whether b was finished, and its manifest can be believed.
 func (b Backup) Usable() bool { return b.Err == nil && !b.Unfinished }
 
-// Tested is the newest restore test of b that can be believed; what it found
-// holds. It is false if there is none: the backup is unproven.
+// Tested is the newest restore test of b that came to an answer; that holds. It is
+// false if there is none: the backup is unproven.
 func (b Backup) Tested() (Test, bool) {
-	for _, t := range slices.Backward(b.Tests) {
-		if t.Err == nil {
-			return t, true
-		}
+	var all []repo.ListedProof
+	for _, t := range b.Tests {
+		all = append(all, t.ListedProof)
 	}
-	return Test{}, false
+	st := proof.Judge(all)
+	return Test{repo.ListedProof{Proof: st.Last}, st.Report}, st.Last.Test != ""
 }
 
 // Newest is the usable backup that was finished last, of one of these kinds;
@@ -146,6 +152,23 @@ func (s Stored) Window(a audit.Report) []Moments {
 		merged = append(merged, m)
 	}
 	return merged
+}
+
+// Recoverable is the newest run of moments without a gap; false if there is none.
+func (s Stored) Recoverable() (newest Moments, ok bool) {
+	for _, a := range s.Archives {
+		if all := s.Window(a); len(all) > 0 && !all[len(all)-1].To.Before(newest.To) {
+			newest, ok = all[len(all)-1], true
+		}
+	}
+	return newest, ok
+}
+
+// Until is the newest moment that can be recovered with the log; false if there
+// is none.
+func (s Stored) Until() (time.Time, bool) {
+	m, ok := s.Recoverable()
+	return m.To, ok
 }
 
 // Holes are all that are known.

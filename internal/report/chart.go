@@ -134,6 +134,9 @@ func (c Cluster) chart(now time.Time) *chart {
 			if bad {
 				verdict = "failed"
 			}
+			if !t.Answered() {
+				verdict = "came to no answer"
+			}
 			tests.Marks = append(tests.Marks, mark{X: percent(a.at(t.Test.Time())), Bad: bad, Title: fmt.Sprintf("restore test of %s %s", t.ID, verdict)})
 		}
 	}

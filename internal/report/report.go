@@ -109,11 +109,8 @@ func (c Cluster) section(i int, now time.Time) section {
 		s.Newest = ago(b.FinishedAt, now)
 		s.About = fmt.Sprintf("PostgreSQL %v, system %v", b.Version, b.System)
 	}
-	for _, a := range c.Archives {
-		if window := c.Window(a); len(window) > 0 {
-			last := window[len(window)-1]
-			s.Until = fmt.Sprintf("%s (%s)", human.Moment(last.To), ago(last.To, now))
-		}
+	if at, ok := c.Until(); ok {
+		s.Until = fmt.Sprintf("%s (%s)", human.Moment(at), ago(at, now))
 	}
 	if t, ok := c.Proven(); ok {
 		s.Proven = ago(t.FinishedAt, now)
@@ -197,6 +194,9 @@ func testOf(t health.Test) testRow {
 	}
 	if !t.Passed {
 		row.Verdict, row.Bad, row.Why = string(proof.Failed), true, r.Summary()
+	}
+	if !t.Answered() {
+		row.Verdict = "no answer"
 	}
 	return row
 }

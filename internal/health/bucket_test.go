@@ -1,0 +1,299 @@
+package health_test
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"iter"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"filippo.io/age"
+
+	"github.com/pgkeep/pgkeep/internal/health"
+	"github.com/pgkeep/pgkeep/internal/lab"
+	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/seal"
+	"github.com/pgkeep/pgkeep/internal/store"
+	"github.com/pgkeep/pgkeep/internal/store/s3"
+)
+
+const probe = "clusters/main/backups/probe-db1"
+
+// A gate stands before a real S3 server, and answers in its place what that
+// server has no settings for: refusals, and rules of the bucket.
+type gate struct {
+	*httptest.Server
+	answer func(r *http.Request) (status int, body string) // 0: the server answers
+}
+
+func newGate(t *testing.T, behind *lab.S3) *gate {
+	t.Helper()
+	authorities := x509.NewCertPool()
+	text, err := os.ReadFile(behind.CAFile)
+	if err != nil || !authorities.AppendCertsFromPEM(text) {
+		t.Fatalf("certificates of the server: %v", err)
+	}
+	target, err := url.Parse(behind.Endpoint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := &gate{answer: func(*http.Request) (int, string) { return 0, "" }}
+	proxy := &httputil.ReverseProxy{
+		Rewrite: func(r *httputil.ProxyRequest) { // the host stays: it is signed
+			r.Out.URL.Scheme, r.Out.URL.Host, r.Out.Host = target.Scheme, target.Host, r.In.Host
+		},
+		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: authorities}},
+	}
+	t.Cleanup(proxy.Transport.(*http.Transport).CloseIdleConnections)
+	g.Server = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if status, body := g.answer(r); status != 0 {
+			io.Copy(io.Discard, r.Body)
+			w.Header().Set("Content-Type", "application/xml")
+			w.WriteHeader(status)
+			io.WriteString(w, body)
+			return
+		}
+		proxy.ServeHTTP(w, r)
+	}))
+	t.Cleanup(g.Close)
+	return g
+}
+
+// bucket opens the server's bucket through the gate.
+func (g *gate) bucket(t *testing.T, behind *lab.S3) *s3.Bucket {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: g.Certificate().Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	b, err := s3.Open(t.Context(), s3.Options{Bucket: behind.Bucket, Prefix: "prod", Endpoint: g.URL, Region: behind.Region, PathStyle: true, CAFile: file,
+		AccessKeyID: behind.AccessKeyID, SecretAccessKey: behind.SecretAccessKey, Patience: time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { b.Close() })
+	return b
+}
+
+func access(t *testing.T) repo.Access {
+	t.Helper()
+	signer, err := seal.NewSigner()
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := repo.Access{Encrypted: true, Signer: signer, Metadata: identity(t), Version: "test"}
+	return a
+}
+
+func identity(t *testing.T) *age.X25519Identity {
+	t.Helper()
+	id, err := age.GenerateX25519Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+const (
+	denied    = `<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>`
+	versioned = `<VersioningConfiguration xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Status>Enabled</Status></VersioningConfiguration>`
+)
+
+func lifecycle(rules ...string) string {
+	return `<LifecycleConfiguration xmlns="http://s3.amazonaws.com/doc/2006-03-01/">` + strings.Join(rules, "") + `</LifecycleConfiguration>`
+}
+
+func rule(id, prefix, status, does string) string {
+	return fmt.Sprintf(`<Rule><ID>%s</ID><Filter><Prefix>%s</Prefix></Filter><Status>%s</Status>%s</Rule>`, id, prefix, status, does)
+}
+
+func TestBucketFindings(t *testing.T) {
+	t.Parallel()
+	behind := lab.S3ForTest(t)
+	t.Cleanup(behind.Kill) // stopping politely, it would wait for the connections that this process keeps
+	g := newGate(t, behind)
+	st := g.bucket(t, behind)
+	a, second := access(t), identity(t)
+	ask := func() []health.Finding { return health.AskBucket(t.Context(), st, a, probe).Findings(false) }
+
+	f, ok := find(ask(), "repository")
+	if !ok || f.Severity != health.Critical {
+		t.Errorf("of an empty bucket: %+v", f)
+	}
+	if _, _, err := repo.Init(t.Context(), st, a, []string{identity(t).Recipient().String(), second.Recipient().String()}, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	well := []string{"versioning-off"} // which is true of this server
+	if got := names(ask()); !slices.Equal(got, well) {
+		t.Fatalf("of a bucket that is well: %q", got)
+	}
+	if left, err := store.ReadAll(t.Context(), st, probe, store.Range{}); err == nil {
+		t.Errorf("left behind: %s", left)
+	}
+
+	has := func(r *http.Request, method, query string) bool {
+		_, ok := r.URL.Query()[query]
+		return r.Method == method && (query == "" || ok)
+	}
+	refuse := func(of func(r *http.Request) bool) {
+		g.answer = func(r *http.Request) (int, string) {
+			if of(r) {
+				return http.StatusForbidden, denied
+			}
+			return 0, ""
+		}
+	}
+	for name, of := range map[string]func(r *http.Request) bool{
+		"store-write": func(r *http.Request) bool { return has(r, "PUT", "") },
+		"store-read":  func(r *http.Request) bool { return has(r, "GET", "") && strings.Contains(r.URL.Path, "/probe-") },
+		"store-list":  func(r *http.Request) bool { return has(r, "GET", "list-type") },
+	} {
+		refuse(of)
+		f, ok := find(ask(), name)
+		if !ok || f.Severity != health.Critical || !strings.Contains(f.Fix, "must be allowed s3:") {
+			t.Errorf("%s: %+v", name, f)
+		}
+		g.answer = func(*http.Request) (int, string) { return 0, "" } // as the fix says
+		if got := names(ask()); !slices.Equal(got, well) {
+			t.Errorf("%s, allowed again: %q", name, got)
+		}
+	}
+	// Who takes backups need not delete; who lets them expire must.
+	refuse(func(r *http.Request) bool { return has(r, "POST", "delete") || r.Method == "DELETE" })
+	for range 2 { // the object stays, and is found the next time
+		b := health.AskBucket(t.Context(), st, a, probe)
+		if got := names(b.Findings(false)); !slices.Equal(got, well) {
+			t.Errorf("of a bucket that does not let us delete: %q", got)
+		}
+		if _, ok := find(b.Findings(true), "store-delete"); !ok {
+			t.Error("one who is to delete is not told that he may not")
+		}
+	}
+	refuse(func(r *http.Request) bool { return has(r, "GET", "lifecycle") })
+	if f, ok := find(ask(), "rules-unknown"); !ok || f.Severity != health.Notice || !strings.Contains(f.Fix, "s3:GetLifecycleConfiguration") {
+		t.Errorf("of rules that cannot be read: %+v", f)
+	}
+
+	const removes, freezes = `<Expiration><Days>30</Days></Expiration>`, `<Transition><Days>7</Days><StorageClass>DEEP_ARCHIVE</StorageClass></Transition>`
+	for _, c := range []struct {
+		rules string
+		want  []string
+	}{
+		{lifecycle(rule("old", "", "Enabled", removes)), []string{"lifecycle-removes"}},
+		{lifecycle(rule("wal", "prod/clusters/", "Enabled", removes), rule("cold", "prod/", "Enabled", freezes)), []string{"lifecycle-removes", "lifecycle-freezes"}},
+		{lifecycle(rule("off", "", "Disabled", removes), rule("logs", "other/", "Enabled", removes),
+			rule("marks", "", "Enabled", `<Expiration><ExpiredObjectDeleteMarker>true</ExpiredObjectDeleteMarker></Expiration>`),
+			rule("versions", "", "Enabled", `<NoncurrentVersionExpiration><NoncurrentDays>30</NoncurrentDays></NoncurrentVersionExpiration>`),
+			rule("parts", "", "Enabled", `<AbortIncompleteMultipartUpload><DaysAfterInitiation>2</DaysAfterInitiation></AbortIncompleteMultipartUpload>`),
+			rule("warm", "", "Enabled", `<Transition><Days>30</Days><StorageClass>STANDARD_IA</StorageClass></Transition>`)), nil},
+		{"", nil}, // none
+	} {
+		g.answer = func(r *http.Request) (int, string) {
+			switch {
+			case has(r, "GET", "versioning"):
+				return http.StatusOK, versioned
+			case has(r, "GET", "lifecycle") && c.rules == "":
+				return http.StatusNotFound, `<Error><Code>NoSuchLifecycleConfiguration</Code><Message>none</Message></Error>`
+			case has(r, "GET", "lifecycle"):
+				return http.StatusOK, c.rules
+			}
+			return 0, ""
+		}
+		found := ask()
+		if got := names(found); !slices.Equal(got, c.want) {
+			t.Errorf("with %s: found %q, want %q", c.rules, got, c.want)
+		}
+		for _, f := range found {
+			if f.Severity != health.Critical || !strings.Contains(f.Fix, "delete the lifecycle rule") {
+				t.Errorf("%+v", f)
+			}
+		}
+	}
+
+	behind.Kill()
+	if got := names(ask()); !slices.Contains(got, "store-down") || slices.Contains(got, "store-write") {
+		t.Errorf("of a store that is down: %q", got)
+	}
+}
+
+// A forgetful store replaces objects, and its clock is wrong.
+type forgetful struct {
+	*store.Mem
+	ahead time.Duration
+}
+
+func (s forgetful) Put(ctx context.Context, key string, r io.Reader, _ store.PutOptions) error {
+	return s.Mem.Put(ctx, key, r, store.PutOptions{})
+}
+
+func (s forgetful) List(ctx context.Context, prefix, after string) iter.Seq2[store.Object, error] {
+	return func(yield func(store.Object, error) bool) {
+		for o, err := range s.Mem.List(ctx, prefix, after) {
+			o.Modified = o.Modified.Add(s.ahead)
+			if !yield(o, err) {
+				return
+			}
+		}
+	}
+}
+
+func TestFindingsOfAnUnfitStore(t *testing.T) {
+	mem, a := new(store.Mem), access(t)
+	a.Encrypted = false
+	if _, _, err := repo.Init(t.Context(), mem, a, nil, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	found := health.AskBucket(t.Context(), forgetful{mem, -10 * time.Minute}, a, probe).Findings(true)
+	if got := names(found); !slices.Equal(got, []string{"store-unfit", "clock-skew", "encryption-off"}) || found[1].Severity != health.Critical || found[2].Severity != health.Warning {
+		t.Errorf("found %+v", found)
+	}
+	if got := names(health.AskBucket(t.Context(), mem, a, probe).Findings(true)); !slices.Equal(got, []string{"encryption-off"}) {
+		t.Errorf("of a good one: %q", got)
+	}
+}
+
+func TestKeyFindings(t *testing.T) {
+	mem, a := new(store.Mem), access(t)
+	first, second := identity(t), identity(t)
+	if _, _, err := repo.Init(t.Context(), mem, a, []string{first.Recipient().String()}, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	ask := func() []health.Finding {
+		b := health.AskBucket(t.Context(), mem, a, probe)
+		b.Wanted = []string{first.Recipient().String(), second.Recipient().String()}
+		return b.Findings(false)
+	}
+	a.Identities = []age.Identity{identity(t)} // of somebody else
+	found := ask()
+	if got := names(found); !slices.Equal(got, []string{"key-closed", "key-single", "key-recipient"}) || found[0].Severity != health.Critical {
+		t.Fatalf("found %+v", found)
+	}
+	a.Identities = []age.Identity{first}
+	r, err := repo.Open(t.Context(), mem, a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.AddRecipients(t.Context(), []string{strings.TrimPrefix(found[2].Fix, "pgkeep key add-recipient ")}, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if found := ask(); len(found) > 0 {
+		t.Errorf("found %+v", found)
+	}
+	// Nobody makes such a key; but somebody may have.
+	b := health.Bucket{Encrypted: true, Keys: []repo.KeyCheck{{Epoch: 1}}}
+	if f, ok := find(b.Findings(false), "key-nobody"); !ok || f.Severity != health.Critical {
+		t.Errorf("of a key that nobody opens: %+v", b.Findings(false))
+	}
+}

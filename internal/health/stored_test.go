@@ -1,0 +1,175 @@
+package health_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/audit"
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/health"
+	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/proof"
+	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/store"
+)
+
+const day = 24 * time.Hour
+
+var now = time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
+
+func backup(kind repo.Kind, age time.Duration, tests ...health.Test) health.Backup {
+	at := now.Add(-age)
+	m := repo.Manifest{Ref: repo.Ref{Cluster: "main", ID: repo.NewID(at, "01234567")}, Kind: kind, StartedAt: at, FinishedAt: at}
+	if kind == repo.Physical {
+		m.Physical = new(repo.PhysicalFacts)
+	}
+	return health.Backup{Listed: repo.Listed{Manifest: m}, Tests: tests}
+}
+
+func tested(age time.Duration, passed bool) health.Test {
+	t := health.Test{ListedProof: repo.ListedProof{Proof: repo.Proof{Test: repo.NewID(now.Add(-age), "01234567"), FinishedAt: now.Add(-age), Passed: passed}}}
+	t.Report = proof.Report{Verdict: proof.Passed}
+	if !passed {
+		t.Report = proof.Report{Verdict: proof.Failed, Checks: []proof.Check{{Name: proof.CheckHeap, Verdict: proof.Failed, Message: "1 table is damaged", Findings: []string{"canary"}}}}
+	}
+	return written(t)
+}
+
+// written is a test as it stands in the repository.
+func written(t health.Test) health.Test {
+	t.ListedProof.Report, _ = json.Marshal(t.Report.Public()) // numbers and words: it cannot fail
+	return t
+}
+
+func TestFindingsOfBackups(t *testing.T) {
+	daily := health.Policy{Age: map[repo.Kind]time.Duration{repo.Physical: 36 * time.Hour}}
+	broken := backup(repo.Physical, 2*day)
+	broken.Err = errors.Join(fail.Corrupt)
+	unfinished := backup(repo.Physical, time.Hour)
+	unfinished.Unfinished = true
+	pages := backup(repo.Physical, time.Hour, tested(time.Minute, true))
+	pages.Physical.Damaged = 3
+	full := tested(time.Minute, false)
+	full.Report.Checks[0].Kind = fail.NoSpace
+	full = written(full)
+	unbelieved := tested(time.Minute, true)
+	unbelieved.Err = fail.Untrusted
+	for what, c := range map[string]struct {
+		backups []health.Backup
+		policy  health.Policy
+		want    string
+	}{
+		"nothing":                   {nil, health.Policy{}, "critical backup-missing"},
+		"one that is not finished":  {[]health.Backup{unfinished}, daily, "critical backup-missing"},
+		"one that was never tested": {[]health.Backup{backup(repo.Physical, time.Hour)}, daily, "warning never-tested"},
+		"a test nobody believes":    {[]health.Backup{backup(repo.Physical, time.Hour, unbelieved)}, daily, "warning never-tested"},
+		"all that is wanted":        {[]health.Backup{backup(repo.Physical, 35*time.Hour, tested(time.Hour, true))}, daily, ""},
+		"one of another kind":       {[]health.Backup{backup(repo.Logical, time.Hour, tested(time.Hour, true))}, daily, "critical backup-missing"},
+		"one that is late":          {[]health.Backup{backup(repo.Physical, 37*time.Hour, tested(time.Hour, true))}, daily, "warning backup-old"},
+		"one that is very late":     {[]health.Backup{backup(repo.Physical, 73*time.Hour, tested(time.Hour, true))}, daily, "critical backup-old"},
+		"nobody said how often":     {[]health.Backup{backup(repo.Logical, 9*day, tested(time.Hour, true))}, health.Policy{}, "warning backup-old"},
+		"a test without an answer":  {[]health.Backup{backup(repo.Physical, day, tested(2*time.Hour, true), full)}, daily, ""},
+		"a test long ago":           {[]health.Backup{backup(repo.Physical, time.Hour, tested(99*day, true))}, daily, ""},
+		"a test too long ago":       {[]health.Backup{backup(repo.Physical, time.Hour, tested(8*day, true))}, health.Policy{Proof: 7 * day}, "warning unproven"},
+		"a test that failed":        {[]health.Backup{backup(repo.Physical, day, tested(2*time.Hour, true), tested(time.Hour, false))}, daily, "critical test-failed"},
+		"failed, and then passed":   {[]health.Backup{backup(repo.Physical, day, tested(2*time.Hour, false), tested(time.Hour, true))}, daily, ""},
+		"a damaged manifest":        {[]health.Backup{broken, backup(repo.Physical, time.Hour, tested(time.Hour, true))}, daily, "critical backup-damaged"},
+		"damaged pages":             {[]health.Backup{pages}, daily, "critical page-damage"},
+	} {
+		found := health.Stored{Cluster: "main", Backups: c.backups}.Findings(c.policy, now)
+		var got []string
+		for _, f := range found {
+			got = append(got, string(f.Severity)+" "+f.Name)
+			if f.Fix == "" || f.Cluster != "main" || strings.Contains(f.What, "canary") {
+				t.Errorf("%s: %+v", what, f)
+			}
+		}
+		if strings.Join(got, ", ") != c.want {
+			t.Errorf("%s: found %q, want %q", what, got, c.want)
+		}
+	}
+}
+
+func TestHolesAreFoundAndGoWhenFilled(t *testing.T) {
+	a := access(t)
+	r, _, err := repo.Init(t.Context(), new(store.Mem), a, []string{identity(t).Recipient().String()}, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	archive := func(name string) {
+		t.Helper()
+		n, err := pg.ParseWALName(name)
+		if err == nil {
+			_, err = r.Archiver(repo.Archive{Cluster: "main", System: 7, Major: 15}, "").Put(t.Context(), repo.WALFile{Name: n, Size: 1 << 20, Content: bytes.NewReader(make([]byte, 1<<20))})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	look := func() health.Stored {
+		t.Helper()
+		s, err := health.Look(t.Context(), r, "main", time.Now().Add(2*audit.Grace))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	archive("000000010000000000000001")
+	archive("000000010000000000000003")
+	f, ok := find(look().Findings(health.Policy{}, time.Now()), "wal-hole")
+	if !ok || f.Severity != health.Critical || !strings.Contains(f.What, "1 file missing from the archive: 000000010000000000000002") || !strings.Contains(f.Fix, "wal audit --fill") {
+		t.Errorf("found %+v", f)
+	}
+	archive("000000010000000000000002") // as audit --fill does
+	if f, ok := find(look().Findings(health.Policy{}, time.Now()), "wal-hole"); ok {
+		t.Errorf("found %+v", f)
+	}
+}
+
+// The moments of windows that overlap are one; what no window has is a gap.
+func TestWindowIsTheSumOfWindows(t *testing.T) {
+	b := []health.Backup{backup(repo.Physical, 5*day), backup(repo.Physical, 4*day), backup(repo.Physical, 2*day)}
+	var rep audit.Report
+	for i, until := range []time.Duration{3*day + 12*time.Hour, 3 * day, 0} {
+		b[i].Physical.StoppedAt = b[i].FinishedAt
+		rep.Windows = append(rep.Windows, audit.Window{Base: audit.Base{ID: string(b[i].ID)}, Archived: now.Add(-until)})
+	}
+	rep.Windows = append(rep.Windows, audit.Window{Base: audit.Base{ID: string(b[2].ID)}}, audit.Window{Base: audit.Base{ID: "taken since"}})
+	got := health.Stored{Backups: b}.Window(rep)
+	want := []health.Moments{{From: now.Add(-5 * day), To: now.Add(-3 * day)}, {From: now.Add(-2 * day), To: now}}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
+func TestScheduleFindings(t *testing.T) {
+	good := health.Schedule{Kind: "physical", Next: now.Add(time.Hour), Every: day, Last: now.Add(-time.Hour)}
+	paused, running, ended := good, good, good
+	paused.Paused, paused.Next, paused.Note = true, time.Time{}, "storage moves"
+	running.Running = true
+	ended.Next = time.Time{}
+	for what, c := range map[string]struct {
+		have   []health.Schedule
+		wanted []string
+		at     time.Time
+		want   string
+	}{
+		"nothing":                        {nil, nil, now, "unscheduled"},
+		"not applied":                    {[]health.Schedule{good}, []string{"physical", "logical"}, now, "schedule-missing"},
+		"as it should be":                {[]health.Schedule{good}, []string{"physical"}, now, ""},
+		"paused":                         {[]health.Schedule{paused}, []string{"physical"}, now, "schedule-paused"},
+		"running":                        {[]health.Schedule{running}, nil, now, ""},
+		"running into the next start":    {[]health.Schedule{running}, nil, now.Add(day), "schedule-skipping"},
+		"one that never starts anything": {[]health.Schedule{ended}, nil, now, "schedule-ended"},
+	} {
+		found := health.FindSchedules("main", c.have, c.wanted, c.at)
+		if got := strings.Join(names(found), ", "); got != c.want {
+			t.Errorf("%s: found %q, want %q", what, got, c.want)
+		}
+	}
+}
