@@ -37,6 +37,9 @@ func run(ctx context.Context, args []string, in io.Reader, out, errw io.Writer) 
 	if err == nil {
 		return 0
 	}
+	if s, ok := errors.AsType[pluginStatus](err); ok {
+		return int(s)
+	}
 	err = classify(ctx, err)
 	complain(errw, err)
 	return fail.KindOf(err).ExitStatus()
@@ -89,6 +92,7 @@ func newApp(in io.Reader, out, errw io.Writer) *cli.App {
 			workerCommand(e),
 			backupCommand(e),
 			initCommand(e),
+			doctorCommand(e),
 			keyCommand(e),
 			listCommand(e),
 			showCommand(e),
@@ -98,6 +102,8 @@ func newApp(in io.Reader, out, errw io.Writer) *cli.App {
 			walCommand(e),
 			windowsCommand(e),
 			reportCommand(e),
+			checkCommand(e),
+			statusCommand(e),
 			deleteCommand(e),
 			undeleteCommand(e),
 			expireCommand(e),

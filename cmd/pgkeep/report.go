@@ -56,7 +56,7 @@ func (e *env) report(ctx context.Context, cluster, output string) error {
 		if err != nil {
 			return err
 		}
-		facts.Clusters = append(facts.Clusters, report.Cluster{Stored: s, Findings: s.Findings(health.Policy{}, now), Schedules: schedules[name]})
+		facts.Clusters = append(facts.Clusters, report.Cluster{Stored: s, Findings: s.Findings(expected(cfg, name), now), Schedules: schedules[name]})
 	}
 	write := func(w io.Writer) error { return report.Write(w, facts) }
 	if output == "" {
@@ -84,15 +84,19 @@ func (e *env) clusters(ctx context.Context, cfg *config.Config, r *repo.Repo, na
 
 // schedules are those of the Temporal server, by cluster.
 func (e *env) schedules(ctx context.Context) (map[string][]health.Schedule, error) {
-	cfg, err := e.config()
-	if err != nil {
-		return nil, err
-	}
 	s, err := e.temporal(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer s.Close()
+	return e.schedulesOn(ctx, s)
+}
+
+func (e *env) schedulesOn(ctx context.Context, s *server) (map[string][]health.Schedule, error) {
+	cfg, err := e.config()
+	if err != nil {
+		return nil, err
+	}
 	have, err := schedule.List(ctx, s, ids(wanted(cfg, false))...)
 	if err != nil {
 		return nil, err
@@ -101,7 +105,7 @@ func (e *env) schedules(ctx context.Context) (map[string][]health.Schedule, erro
 	for _, h := range have {
 		cluster, kind, _ := strings.Cut(strings.TrimPrefix(h.ID, "pgkeep/"), "/")
 		of[cluster] = append(of[cluster], health.Schedule{Kind: kind, Cron: h.Cron, TimeZone: h.TimeZone, Paused: h.Paused, Note: h.Note,
-			Next: h.Next, Last: h.Last, Running: len(h.Running) > 0, Missed: h.Missed, Skipped: h.Skipped})
+			Next: h.Next, Every: h.Every, Last: h.Last, Running: len(h.Running) > 0, Missed: h.Missed, Skipped: h.Skipped})
 	}
 	return of, nil
 }

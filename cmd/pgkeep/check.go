@@ -1,0 +1,178 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/pgkeep/pgkeep/internal/health"
+	"github.com/pgkeep/pgkeep/internal/repo"
+)
+
+func checkCommand(e *env) *cli.Command {
+	return &cli.Command{
+		Name:     "check",
+		Usage:    "find out whether backups are as they should be",
+		Category: backups,
+		Description: "Only the repository is asked. How old a backup may be follows from the schedules of\n" +
+			"the configuration: one and a half times the time between two. Without a schedule it\n" +
+			"is 8 days. Twice that, a hole in the log, a restore test that failed: these are\n" +
+			"critical, and the exit status is 51. pgkeep doctor looks at everything else.\n\n" + examples(
+			"pgkeep check", "", "pgkeep check --nagios --cluster main", "one line, perfdata, exit status 0 to 3"),
+		Flags: []cli.Flag{clusterFlag(), boolFlag("nagios", "answer as a plug-in of Nagios and its like"), jsonFlag()},
+		Action: func(c *cli.Context) error {
+			if !c.Bool("nagios") {
+				return e.check(c.Context, c.String("cluster"), c.Bool("json"))
+			}
+			all, err := e.look(c.Context, c.String("cluster"))
+			line, status := nagios(all, err, time.Now())
+			fmt.Fprintln(e.out, line)
+			return status
+		},
+	}
+}
+
+func (e *env) check(ctx context.Context, cluster string, asJSON bool) error {
+	all, err := e.look(ctx, cluster)
+	if err != nil {
+		return err
+	}
+	var found []health.Finding
+	for _, c := range all {
+		found = append(found, c.found...)
+	}
+	return e.printFindings("check", found, asJSON)
+}
+
+// An examined cluster is what is known of one, what is expected, and what is wrong.
+type examined struct {
+	health.Stored
+	policy health.Policy
+	found  []health.Finding
+}
+
+// look looks at one cluster, or at all.
+func (e *env) look(ctx context.Context, cluster string) ([]examined, error) {
+	cfg, r, err := e.repository(ctx)
+	if err != nil {
+		return nil, err
+	}
+	names, err := e.clusters(ctx, cfg, r, cluster)
+	if err != nil {
+		return nil, err
+	}
+	var all []examined
+	for _, name := range names {
+		now := time.Now()
+		s, err := health.Look(ctx, r, name, now)
+		if err != nil {
+			return nil, err
+		}
+		p := expected(cfg, name)
+		all = append(all, examined{s, p, s.Findings(p, now)})
+	}
+	return all, nil
+}
+
+// A plugin's status is how Nagios knows what it found. It is an error, and has
+// been told.
+type pluginStatus int
+
+func (s pluginStatus) Error() string { return fmt.Sprintf("plug-in status %d", int(s)) }
+
+// nagios is the answer of a plug-in: one line with perfdata, and the status.
+// See "Monitoring Plugins Development Guidelines". err is why nothing is known.
+func nagios(all []examined, err error, now time.Time) (string, error) {
+	if err != nil {
+		return "PGKEEP UNKNOWN - " + plain(err.Error()), pluginStatus(3)
+	}
+	words, status := "OK", pluginStatus(0)
+	var wrong, good, data []string
+	for _, c := range all {
+		for _, f := range c.found {
+			switch {
+			case f.Severity == health.Critical:
+				words, status = "CRITICAL", 2
+			case f.Severity == health.Warning && status == 0:
+				words, status = "WARNING", 1
+			case f.Severity == health.Notice:
+				continue
+			}
+			wrong = append(wrong, f.Cluster+": "+f.What)
+		}
+		good = append(good, c.sound(now))
+		data = append(data, c.perfdata(now)...)
+	}
+	text := wrong
+	switch {
+	case len(all) == 0:
+		return "PGKEEP UNKNOWN - the repository is empty, and no cluster is configured", pluginStatus(3)
+	case status == 0:
+		text = good
+	}
+	line := "PGKEEP " + words + " - " + plain(strings.Join(text, "; ")) + " | " + strings.Join(data, " ")
+	if status == 0 {
+		return line, nil
+	}
+	return line, status
+}
+
+// plain is a text that a plug-in may print.
+func plain(s string) string {
+	return strings.NewReplacer("|", "/", "\n", " ", "\r", " ").Replace(s)
+}
+
+// sound says what is good about a cluster.
+func (c examined) sound(now time.Time) string {
+	parts := []string{}
+	if b, ok := c.Newest(); ok {
+		parts = append(parts, "newest backup "+span(now.Sub(b.FinishedAt))+" old")
+	}
+	if at, ok := c.Until(); ok {
+		parts = append(parts, "every moment up to "+span(now.Sub(at))+" ago")
+	}
+	if t, ok := c.Proven(); ok {
+		parts = append(parts, "proven "+span(now.Sub(t.FinishedAt))+" ago")
+	}
+	return c.Cluster + ": " + strings.Join(parts, ", ")
+}
+
+// perfdata are the numbers of a cluster: 'label'=value;warning;critical. What is
+// not known is U.
+func (c examined) perfdata(now time.Time) (data []string) {
+	add := func(label, value, limits string) {
+		data = append(data, fmt.Sprintf("'%s_%s'=%s%s", c.Cluster, label, value, limits))
+	}
+	age := func(at time.Time, ok bool) string {
+		if !ok {
+			return "U"
+		}
+		return fmt.Sprintf("%ds", max(0, int64(now.Sub(at).Seconds())))
+	}
+	limits := func(d time.Duration) string { return fmt.Sprintf(";%d;%d", int64(d.Seconds()), int64(2*d.Seconds())) }
+	if len(c.policy.Age) == 0 {
+		b, ok := c.Newest()
+		add("backup_age", age(b.FinishedAt, ok), limits(health.DefaultAge))
+	}
+	for _, kind := range []repo.Kind{repo.Physical, repo.Logical} {
+		if limit, ok := c.policy.Age[kind]; ok {
+			b, ok := c.Newest(kind)
+			add(string(kind)+"_age", age(b.FinishedAt, ok), limits(limit))
+		}
+	}
+	t, ok := c.Proven()
+	within := ""
+	if c.policy.Proof > 0 {
+		within = fmt.Sprintf(";%d", int64(c.policy.Proof.Seconds()))
+	}
+	add("proven_age", age(t.FinishedAt, ok), within)
+	if len(c.Archives) > 0 {
+		at, ok := c.Until()
+		add("window_age", age(at, ok), "")
+		add("holes", fmt.Sprint(len(c.Holes())), ";;0")
+	}
+	return data
+}

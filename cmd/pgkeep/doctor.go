@@ -1,0 +1,238 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/pgkeep/pgkeep/internal/config"
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/health"
+	"github.com/pgkeep/pgkeep/internal/open"
+	"github.com/pgkeep/pgkeep/internal/repo"
+)
+
+func doctorCommand(e *env) *cli.Command {
+	return &cli.Command{
+		Name:     "doctor",
+		Usage:    "find what goes wrong, or is about to, and how to put it right",
+		Category: setUp,
+		Description: "It looks at the store and what this host may do there, at keys, at the clusters of\n" +
+			"this host and their archiving, at disks, backups, restore tests and schedules. Nothing\n" +
+			"is changed, but for a small object that is written to the store and removed. The exit\n" +
+			"status is 51 if a finding is critical.\n\n" + examples(
+			"pgkeep doctor", "", "pgkeep doctor --json | jq -r '.findings[].name'", "for scripts"),
+		Flags:  []cli.Flag{clusterFlag(), jsonFlag()},
+		Action: func(c *cli.Context) error { return e.doctor(c.Context, c.String("cluster"), c.Bool("json")) },
+	}
+}
+
+// patience is how long the store may take to answer a question: who waits for a
+// diagnosis does not wait for the store to come back.
+const patience = 30 * time.Second
+
+func (e *env) doctor(ctx context.Context, only string, asJSON bool) error {
+	cfg, err := e.config()
+	if err != nil {
+		return err
+	}
+	if only != "" {
+		if _, err := cfg.Cluster(only); err != nil {
+			return err
+		}
+	}
+	bucket, r, err := e.askBucket(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	found := bucket.Findings(expires(cfg))
+	schedules, noSchedules := e.schedules(ctx)
+	if noSchedules != nil {
+		found = append(found, health.Finding{Name: string(fail.TemporalDown), Severity: health.Warning, What: "nothing is known of schedules: " + oneLine(noSchedules.Error()), Fix: fail.HintOf(noSchedules)})
+	}
+	var dumps, sandboxes int64 // bytes that are needed for the largest cluster
+	for _, name := range slices.Sorted(maps.Keys(cfg.Clusters)) {
+		if only != "" && string(name) != only {
+			continue
+		}
+		x, err := e.examine(ctx, cfg, r, string(name))
+		if err != nil {
+			return err
+		}
+		found = append(found, x.found...)
+		if x.duty.Logical {
+			dumps = max(dumps, x.bytes)
+		}
+		if slices.Contains(x.kinds, string(config.KindRestoreTest)) {
+			sandboxes = max(sandboxes, x.bytes)
+		}
+		if noSchedules == nil {
+			found = append(found, health.FindSchedules(string(name), schedules[string(name)], x.kinds, time.Now())...)
+		}
+	}
+	spool := health.AskDisk("dumps, and packs not yet sent", string(cfg.Spool), true)
+	spool.Needs = dumps
+	found = append(found, spool.Findings("")...)
+	if sandboxes > 0 {
+		d := health.AskDisk("restore tests", string(cfg.RestoreTest.Directory), true)
+		d.Needs = sandboxes
+		found = append(found, d.Findings("")...)
+	}
+	return e.printFindings("doctor", found, asJSON)
+}
+
+// expires reports whether this host is to remove what is not needed any more.
+func expires(cfg *config.Config) bool {
+	for _, c := range cfg.Clusters {
+		if host := c.Expirer(); !c.Retention.IsZero() && (host == "" || host == cfg.Host) {
+			return true
+		}
+	}
+	return false
+}
+
+// askBucket looks at the repository from the outside; r is nil if it does not
+// open, and the findings say why.
+func (e *env) askBucket(ctx context.Context, cfg *config.Config) (b health.Bucket, r *repo.Repo, err error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	st, err := open.Store(ctx, cfg.Repository)
+	if err != nil {
+		return b, nil, err
+	}
+	access, err := open.Access(cfg, thisVersion().Version)
+	if err != nil {
+		return b, nil, err
+	}
+	key := "probe/" + string(cfg.Host)
+	if names := slices.Sorted(maps.Keys(cfg.Clusters)); len(names) > 0 { // where policies let this host write
+		key = "clusters/" + string(names[0]) + "/backups/probe-" + string(cfg.Host)
+	}
+	b = health.AskBucket(ctx, st, access, key)
+	b.Wanted = cfg.Keys.Recipients
+	if b.Err == nil {
+		r, b.Err = repo.Open(ctx, st, access)
+	}
+	return b, r, nil
+}
+
+// An examination is what doctor learnt of one cluster.
+type examination struct {
+	found []health.Finding
+	kinds []string // of its schedules
+	duty  health.Duty
+	bytes int64 // of its databases; 0: not known
+}
+
+// examine looks at a cluster: at what the repository, if it opens, holds of it,
+// and at its server if it is of this host.
+func (e *env) examine(ctx context.Context, cfg *config.Config, r *repo.Repo, name string) (x examination, err error) {
+	now := time.Now()
+	x.kinds = scheduled(cfg, name)
+	x.duty = health.Duty{Physical: slices.Contains(x.kinds, string(repo.Physical)), Logical: slices.Contains(x.kinds, string(repo.Logical))}
+	if r != nil {
+		looking, cancel := context.WithTimeout(ctx, 10*patience)
+		defer cancel()
+		s, err := health.Look(looking, r, name, now)
+		if err != nil {
+			x.found = append(x.found, health.Finding{Name: "repository", Severity: health.Critical, Cluster: name, What: "the repository cannot be read: " + oneLine(err.Error()), Fix: fail.HintOf(err)})
+		} else {
+			x.found = append(x.found, s.Findings(expected(cfg, name), now)...)
+		}
+		_, physical := s.Newest(repo.Physical)
+		_, logical := s.Newest(repo.Logical)
+		x.duty.Physical, x.duty.Logical = x.duty.Physical || physical, x.duty.Logical || logical
+	}
+	settings := cfg.Clusters[config.Name(name)]
+	if settings.Host != "" && settings.Host != cfg.Host {
+		return x, nil
+	}
+	at, err := open.Cluster(settings)
+	if err != nil {
+		return x, err
+	}
+	server := health.AskServer(ctx, name, at, x.duty)
+	x.found = append(x.found, server.Findings(x.duty)...)
+	for _, db := range server.Databases {
+		x.bytes += max(0, db.Bytes)
+	}
+	if server.DataDirectory != "" {
+		if d := health.AskDisk("the data directory, with pg_wal", server.DataDirectory, false); d.Err == nil { // it may be elsewhere, or closed to us
+			x.found = append(x.found, d.Findings(name)...)
+		}
+	}
+	return x, nil
+}
+
+// scheduled are the kinds of what the configuration has Temporal start for a
+// cluster.
+func scheduled(cfg *config.Config, cluster string) (kinds []string) {
+	for _, s := range cfg.Schedules {
+		if string(s.Cluster) == cluster {
+			kinds = append(kinds, string(s.Kind))
+		}
+	}
+	return kinds
+}
+
+// expected is what the schedules of a cluster promise: a backup may be late by
+// half of the time between two, as a run takes its time.
+func expected(cfg *config.Config, cluster string) health.Policy {
+	p := health.Policy{Age: make(map[repo.Kind]time.Duration), Proof: cfg.RestoreTest.Within}
+	for _, s := range cfg.Schedules {
+		kind := repo.Kind(s.Kind)
+		if every := s.Cron.Every(); string(s.Cluster) == cluster && every > 0 && (kind == repo.Physical || kind == repo.Logical) {
+			p.Age[kind] = every + every/2 + s.Jitter
+		}
+	}
+	return p
+}
+
+// printFindings is the answer of doctor and check. The error says that some are
+// critical.
+func (e *env) printFindings(command string, found []health.Finding, asJSON bool) error {
+	order := []health.Severity{health.Critical, health.Warning, health.Notice}
+	slices.SortStableFunc(found, func(a, b health.Finding) int {
+		return slices.Index(order, a.Severity) - slices.Index(order, b.Severity)
+	})
+	if asJSON {
+		err := printJSON(e.out, command, struct {
+			Findings []health.Finding `json:"findings"`
+		}{append([]health.Finding{}, found...)})
+		return errors.Join(err, critical(found))
+	}
+	for _, f := range found {
+		of := ""
+		if f.Cluster != "" {
+			of = f.Cluster + ": "
+		}
+		fmt.Fprintf(e.out, "%-8s  %s\n          %s%s\n          fix: %s\n", f.Severity, f.Name, of, strings.ReplaceAll(f.What, "\n", " "), f.Fix)
+	}
+	if len(found) == 0 {
+		fmt.Fprintln(e.out, "nothing is wrong")
+	}
+	return critical(found)
+}
+
+// critical is an error if a finding is.
+func critical(found []health.Finding) error {
+	n := 0
+	var names []string
+	for _, f := range found {
+		if f.Severity == health.Critical {
+			n++
+			names = append(names, f.Name)
+		}
+	}
+	if n == 0 {
+		return nil
+	}
+	slices.Sort(names)
+	return fmt.Errorf("%s: %s: %w", count(n, "critical finding"), strings.Join(slices.Compact(names), ", "), fail.Unhealthy)
+}
