@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/pgkeep/pgkeep/internal/config"
@@ -18,7 +19,7 @@ import (
 
 // fetcher is the one that this process, and the one it starts, work for.
 func (c call) fetcher(cfg *config.Config) wal.Fetcher {
-	settings := cfg.Clusters[config.Name(c.cluster)].WAL
+	settings := cfg.WAL(c.cluster)
 	r := cfg.Repository
 	return wal.Fetcher{
 		Cluster: c.cluster, DataDir: c.pgdata,
@@ -30,10 +31,10 @@ func (c call) fetcher(cfg *config.Config) wal.Fetcher {
 	}
 }
 
-// keepAhead starts a process for the verb ahead, and does not wait for it. It
-// outlives this one and has nothing of PostgreSQL's: no session, no pipe, no
-// directory.
-func (c call) keepAhead(environ []string) error {
+// spawn starts a process for a verb that only this program uses, and does not wait
+// for it. It outlives this one and has nothing of PostgreSQL's: no session, no
+// pipe, no directory.
+func (c call) spawn(environ []string, verb string, options ...string) error {
 	program, err := os.Executable()
 	if err != nil {
 		return err
@@ -42,7 +43,7 @@ func (c call) keepAhead(environ []string) error {
 	if err != nil {
 		return err
 	}
-	args := []string{ahead, "--cluster", c.cluster, "--pgdata", pgdata}
+	args := append([]string{verb, "--cluster", c.cluster, "--pgdata", pgdata}, options...)
 	if c.file != "" {
 		file, err := filepath.Abs(c.file)
 		if err != nil {
@@ -58,6 +59,14 @@ func (c call) keepAhead(environ []string) error {
 		return err
 	}
 	return cmd.Process.Release()
+}
+
+// adopts reports whether the server on the data directory is process 1, as in a
+// container. It becomes the parent of all that outlive theirs, and takes the
+// violent death of any for the crash of one of its own: it restarts.
+func (c call) adopts() bool {
+	text, err := os.ReadFile(filepath.Join(c.pgdata, "postmaster.pid"))
+	return err == nil && strings.HasPrefix(string(text), "1\n")
 }
 
 // closeOnExec keeps the files that PostgreSQL left open here from a process that

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -71,9 +72,34 @@ func (s *straced) strace(trace string, options ...string) (status int, said stri
 	return s.as(s.t.Context(), s.pg.DataDir, "strace", append(args, s.program, "push", "--config", s.host, "pg_wal/"+s.segments[0])...)
 }
 
+// alone ends what works on in the background, and waits for that.
+func (s *straced) alone() {
+	s.t.Helper()
+	until(s.t, "nothing works in the background", func() bool {
+		pids := s.background()
+		for _, pid := range pids {
+			syscall.Kill(pid, syscall.SIGKILL)
+		}
+		return len(pids) == 0
+	})
+}
+
+// background are the processes of the program that still run, and are no zombies.
+func (w *world) background() (pids []int) {
+	found, _ := filepath.Glob("/proc/[0-9]*/exe")
+	for _, path := range found {
+		program, err := os.Readlink(path)
+		if pid, perr := strconv.Atoi(filepath.Base(filepath.Dir(path))); err == nil && perr == nil && program == w.program {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
 // forget makes the archive and the data directory as they were before any push.
 func (s *straced) forget() {
 	s.t.Helper()
+	s.alone()
 	for _, dir := range []string{filepath.Join(s.s3.Data, "prod/clusters"), filepath.Join(s.pg.DataDir, "pg_wal/pgkeep")} {
 		if err := os.RemoveAll(dir); err != nil {
 			s.t.Fatal(err)
@@ -161,6 +187,74 @@ func TestPushOutlivesKillAtEverySystemCall(t *testing.T) {
 			t.Errorf("never killed at %s", call)
 		}
 	}
+}
+
+// TestPushOutlivesItsHelper kills what sends files ahead, under strace, with
+// SIGKILL at its system calls: at some of them, with PGKEEP_TEST_KILLS=all at
+// each that points names. What the bucket shows then is whole, and every push
+// succeeds.
+func TestPushOutlivesItsHelper(t *testing.T) {
+	s := newStraced(t, 4)
+	args := []string{pushAhead, "--config", s.host, "--cluster", "main", "--pgdata", s.pg.DataDir, "--after", s.segments[0]}
+	s.forget()
+	all := points(s.traced(nil, "/", args...))
+	s.verify("undisturbed", s.segments[1:]...)
+	step := 1
+	if os.Getenv("PGKEEP_TEST_KILLS") != "all" {
+		step = len(all)/20 + 1
+	}
+	hit, runs := 0, 0
+	for i := 0; i < len(all); i += step {
+		s.forget()
+		runs++
+		if s.killed(all[i], nil, "/", args...) {
+			hit++
+		}
+		when := fmt.Sprint("killed at ", all[i])
+		s.verify(when+", before the next push", s.archived()...)
+		s.push(when)
+	}
+	t.Logf("killed at %d of %d points", hit, runs)
+	if hit < runs/2 || runs < 10 {
+		t.Errorf("killed at %d of %d points", hit, runs)
+	}
+}
+
+// What sends files ahead is in nobody's way: not in that of whoever reads what
+// archive_command says, and not in that of a server that stops.
+func TestWhatLooksAheadHasNothingOfPostgres(t *testing.T) {
+	s := newStraced(t, 20)
+	s.forget()
+	status, said := s.as(t.Context(), s.pg.DataDir, s.program, "push", "--config", s.host, "pg_wal/"+s.segments[0]) // returns when nobody holds its output
+	if status != 0 || said != "" {
+		t.Fatalf("push = %d, %s", status, said)
+	}
+	var pid int
+	until(t, "it is as far ahead as it may be", func() bool {
+		pids := s.background()
+		if len(pids) != 1 {
+			t.Fatalf("%d processes in the background", len(pids))
+		}
+		pid = pids[0]
+		return len(s.archived()) == 17
+	})
+	proc := fmt.Sprint("/proc/", pid)
+	if dir, err := os.Readlink(proc + "/cwd"); err != nil || dir != "/" {
+		t.Errorf("it is in %s, %v", dir, err)
+	}
+	stat := strings.Fields(string(read(t, proc+"/stat")))
+	if session := stat[5]; session != fmt.Sprint(pid) {
+		t.Errorf("it is in session %s", session)
+	}
+	for _, fd := range []string{"0", "1", "2"} {
+		if to, err := os.Readlink(proc + "/fd/" + fd); err != nil || to != "/dev/null" {
+			t.Errorf("file %s is %s, %v", fd, to, err)
+		}
+	}
+	if err := s.pg.Stop(); err != nil {
+		t.Error(err)
+	}
+	until(t, "it ends with the server", func() bool { return len(s.background()) == 0 })
 }
 
 // push does what PostgreSQL does after a crash: it asks for all that waits.

@@ -51,7 +51,7 @@ func main() {
 	switch verbOf(os.Args) {
 	case push:
 		debug.SetGCPercent(800) // one segment is sent before there is anything to collect
-	case claim, ahead:
+	case claim, ahead, pushAhead:
 	default:
 		// A crash must not end with status 2, which says "end of the log": it
 		// dies by a signal, and PostgreSQL stops.
@@ -67,7 +67,9 @@ const (
 	push  = "push"
 	fetch = "fetch"
 	claim = "claim"
-	ahead = "ahead" // of no use to people: see ahead.go
+	// Of no use to people: see ahead.go.
+	ahead     = "ahead" // fetches
+	pushAhead = "push-ahead"
 )
 
 func verbOf(args []string) string {
@@ -94,7 +96,7 @@ func run(ctx context.Context, args, environ []string, out, errw io.Writer) int {
 	if err == nil {
 		return 0
 	}
-	if c.verb == ahead {
+	if c.alone() {
 		return 0 // where PostgreSQL is process 1, it takes all else for the crash of one of its own
 	}
 	if !errors.Is(err, wal.ErrAbsent) {
@@ -132,11 +134,15 @@ type call struct {
 	file, cluster, pgdata string
 	timeout               time.Duration
 	expect                pg.WALName // only of fetch; zero: nothing
+	after                 pg.WALName // only of push-ahead
 }
+
+// alone reports whether nobody waits for the call, and it ends by itself.
+func (c call) alone() bool { return c.verb == ahead || c.verb == pushAhead }
 
 func parse(args []string, out io.Writer) (c call, err error) {
 	c.verb = verbOf(args)
-	if !slices.Contains([]string{push, fetch, claim, ahead}, c.verb) {
+	if !slices.Contains([]string{push, fetch, claim, ahead, pushAhead}, c.verb) {
 		if len(args) == 2 && slices.Contains([]string{"help", "--help", "-h"}, args[1]) {
 			io.WriteString(out, usage)
 			return c, flag.ErrHelp
@@ -149,11 +155,17 @@ func parse(args []string, out io.Writer) (c call, err error) {
 	f.StringVar(&c.cluster, "cluster", "", "")
 	f.StringVar(&c.pgdata, "pgdata", ".", "")
 	f.DurationVar(&c.timeout, "timeout", time.Minute, "")
-	if c.verb == fetch {
-		f.Func("expect", "", func(s string) (err error) {
-			c.expect, err = pg.ParseWALName(s)
+	segment := func(n *pg.WALName) func(string) error {
+		return func(s string) (err error) {
+			*n, err = pg.ParseWALName(s)
 			return err
-		})
+		}
+	}
+	switch c.verb {
+	case fetch:
+		f.Func("expect", "", segment(&c.expect))
+	case pushAhead:
+		f.Func("after", "", segment(&c.after))
 	}
 	if err := f.Parse(args[2:]); errors.Is(err, flag.ErrHelp) {
 		io.WriteString(out, usage)
@@ -166,7 +178,7 @@ func parse(args []string, out io.Writer) (c call, err error) {
 		c.path = f.Arg(0)
 	case c.verb == fetch && f.NArg() == 2:
 		c.name, c.path = f.Arg(0), f.Arg(1)
-	case (c.verb == claim || c.verb == ahead) && f.NArg() == 0:
+	case (c.verb == claim || c.alone()) && f.NArg() == 0:
 	default:
 		return c, config.Errorf("%s: %d arguments; want push %%p, fetch %%f %%p or claim", c.verb, f.NArg())
 	}
@@ -186,7 +198,7 @@ const grace = time.Second
 // bounded does the work under one deadline.
 func (c call) bounded(ctx context.Context, environ []string, out, errw io.Writer) error {
 	stopped := ctx
-	if c.verb != ahead { // which ends by itself
+	if !c.alone() {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, c.timeout)
 		defer cancel()
@@ -225,14 +237,16 @@ func (c call) do(ctx context.Context, environ []string, out, errw io.Writer) err
 	}
 	c.file = cfg.File()
 	// A restore knows the cluster's name, and may have nothing else of it.
-	if c.verb == push || c.verb == claim || c.cluster == "" {
+	if c.verb == push || c.verb == claim || c.verb == pushAhead || c.cluster == "" {
 		if c.cluster, err = clusterOf(cfg, c.cluster); err != nil {
 			return err
 		}
 	}
 	switch c.verb {
 	case push:
-		return c.pusher(cfg).Push(ctx, c.path)
+		return c.pusher(cfg, environ).Push(ctx, c.path)
+	case pushAhead:
+		return c.pusher(cfg, nil).PushAhead(ctx, c.after)
 	case claim:
 		return c.claim(ctx, cfg, out)
 	case ahead:
@@ -241,7 +255,7 @@ func (c call) do(ctx context.Context, environ []string, out, errw io.Writer) err
 	f := c.fetcher(cfg)
 	f.Expect = c.expect
 	f.Spawn = func() {
-		if err := c.keepAhead(environ); err != nil { // which is no failure of this fetch
+		if err := c.spawn(environ, ahead); err != nil { // which is no failure of this fetch
 			fmt.Fprintf(errw, "pgkeep-wal: fetch ahead: %v\n", err)
 		}
 	}

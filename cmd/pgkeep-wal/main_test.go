@@ -57,6 +57,32 @@ func TestFetchStatus(t *testing.T) {
 	}
 }
 
+// A host that restores may know nothing of the cluster but its name.
+func TestAClusterThatIsNotInTheConfigurationIsFetchedByTheDefaults(t *testing.T) {
+	cfg, err := config.Parse("x.yaml", []byte("repository: {url: 's3://bucket/prefix'}"), config.Options{Hostname: "db2"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f := (call{cluster: "main"}).fetcher(cfg); f.Ahead != 8 || f.HoleGrace != 30*time.Second {
+		t.Errorf("%d ahead, grace for a hole %v", f.Ahead, f.HoleGrace)
+	}
+}
+
+// What outlives its parent becomes a child of process 1.
+func TestNothingOutlivesAPushWhereTheServerIsProcessOne(t *testing.T) {
+	for pid, want := range map[string]bool{"1": false, "17": true, "": true} {
+		c := call{cluster: "main", pgdata: t.TempDir()}
+		if pid != "" {
+			if err := os.WriteFile(filepath.Join(c.pgdata, "postmaster.pid"), []byte(pid+"\n"+c.pgdata+"\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if p := c.pusher(new(config.Config), nil); (p.Spawn != nil) != want {
+			t.Errorf("server %q: a process is started: %t", pid, !want)
+		}
+	}
+}
+
 func TestWrongCommandLines(t *testing.T) {
 	for _, tt := range []struct {
 		line string
@@ -70,6 +96,8 @@ func TestWrongCommandLines(t *testing.T) {
 		{"fetch --config /nonexistent 000000010000000000000001 x", 202},
 		{"ahead --config /nonexistent", 0}, // whatever happens to it
 		{"ahead x", 0},
+		{"push-ahead --config /nonexistent --after 000000010000000000000001", 0},
+		{"push-ahead --after x", 0},
 		{"push", 2},
 		{"push a b", 2},
 		{"push --nonsense a", 2},

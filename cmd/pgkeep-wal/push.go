@@ -8,16 +8,17 @@ import (
 
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/open"
+	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/wal"
 )
 
-func (c call) pusher(cfg *config.Config) wal.Pusher {
+func (c call) pusher(cfg *config.Config, environ []string) wal.Pusher {
 	r := cfg.Repository
-	return wal.Pusher{
+	p := wal.Pusher{
 		Cluster: c.cluster, DataDir: c.pgdata, Host: string(cfg.Host),
-		Parallel: cfg.Clusters[config.Name(c.cluster)].WAL.Parallel,
-		Place:    fmt.Sprintf("%v %v %v", r.URL, r.Endpoint, r.Region),
+		Parallel: cfg.WAL(c.cluster).Parallel,
+		Place:    fmt.Sprintf("%v %v %v %v", r.URL, r.Endpoint, r.Region, r.AccessKeyID),
 		Connect: func(ctx context.Context, a repo.Archive, instance string) (*repo.Archiver, error) {
 			st, err := open.Store(ctx, r)
 			if err != nil {
@@ -27,11 +28,15 @@ func (c call) pusher(cfg *config.Config) wal.Pusher {
 			return repo.NewArchiver(st, access, a, instance), err
 		},
 	}
+	if !c.adopts() {
+		p.Spawn = func(after pg.WALName) error { return c.spawn(environ, pushAhead, "--after", after.String()) }
+	}
+	return p
 }
 
 // claim takes the timeline over, and says from whom.
 func (c call) claim(ctx context.Context, cfg *config.Config, out io.Writer) error {
-	t, err := c.pusher(cfg).Claim(ctx)
+	t, err := c.pusher(cfg, nil).Claim(ctx)
 	switch {
 	case err != nil:
 		return err

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
+	"reflect"
 	"slices"
 	"time"
 
@@ -272,6 +273,17 @@ func (c *Config) Cluster(name string) (Cluster, error) {
 		return Cluster{}, fail.Hint(err, "describe it under clusters in "+c.where())
 	}
 	return Cluster{}, err
+}
+
+// WAL returns how the write-ahead log of a cluster is archived and brought back.
+// Of one that is not in the configuration, as where it is restored, that is by
+// the defaults.
+func (c *Config) WAL(name string) (w WAL) {
+	if cluster, ok := c.Clusters[Name(name)]; ok {
+		return cluster.WAL
+	}
+	new(loader).defaults(reflect.ValueOf(&w).Elem()) // which every Load sets too
+	return w
 }
 
 func (c *Config) where() string {

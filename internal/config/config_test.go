@@ -127,6 +127,20 @@ func TestNothingGivenIsAConfiguration(t *testing.T) {
 	}
 }
 
+// A restore may know nothing of the cluster but its name.
+func TestAClusterThatIsNotThereIsArchivedByTheDefaults(t *testing.T) {
+	c, err := parse(t, `clusters: {main: {conninfo: "host=/x", wal: {prefetch: 3}}}`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := c.WAL("main"), (config.WAL{Prefetch: 3, HoleGrace: 30 * time.Second}); got != want {
+		t.Errorf("main: %+v, want %+v", got, want)
+	}
+	if got, want := c.WAL("other"), (config.WAL{Prefetch: 8, HoleGrace: 30 * time.Second}); got != want {
+		t.Errorf("other: %+v, want %+v", got, want)
+	}
+}
+
 func TestEveryProblemIsToldAtOnceWithItsLine(t *testing.T) {
 	_, err := parse(t, `repository:
   url: ftp://x

@@ -27,10 +27,9 @@ type Archiver struct {
 	archive  Archive
 	instance string
 
-	once   sync.Once
-	opened chan struct{} // closed when r and err are known
+	turn   chan struct{} // holds one while somebody opens the repository
+	opened chan struct{} // closed when r is known
 	r      *Repo
-	err    error
 
 	parcels sync.Pool
 }
@@ -38,28 +37,55 @@ type Archiver struct {
 // NewArchiver returns an Archiver that writes in the name of an instance. It
 // does nothing yet.
 func NewArchiver(st store.Store, access Access, a Archive, instance string) *Archiver {
-	return &Archiver{st: st, access: access, archive: a, instance: instance, opened: make(chan struct{})}
+	return &Archiver{st: st, access: access, archive: a, instance: instance, turn: make(chan struct{}, 1), opened: make(chan struct{})}
 }
 
 // Archiver returns an Archiver for a repository that is open already.
 func (r *Repo) Archiver(a Archive, instance string) *Archiver {
 	w := NewArchiver(r.st, r.access, a, instance)
-	w.once.Do(func() { w.r = r; close(w.opened) })
+	w.r = r
+	close(w.opened)
 	return w
 }
 
-// Open opens the repository, once: who comes later waits for it.
+// Open opens the repository, once: who comes later waits for it. If it fails, for
+// instance because the time of who began it is over, the next one tries again.
 func (w *Archiver) Open(ctx context.Context) error {
-	w.once.Do(func() {
-		w.r, w.err = Open(ctx, w.st, w.access)
+	select {
+	case <-w.opened:
+		return nil
+	case w.turn <- struct{}{}:
+		defer func() { <-w.turn }()
+	case <-ctx.Done():
+		return fmt.Errorf("open repository: %w", ctx.Err())
+	}
+	select {
+	case <-w.opened: // meanwhile
+		return nil
+	default:
+	}
+	r, err := Open(ctx, w.st, w.access)
+	if err == nil {
+		w.r = r
 		close(w.opened)
-	})
-	return w.err
+	}
+	return err
 }
 
 func (w *Archiver) repo(ctx context.Context) (*Repo, error) {
-	err := w.Open(ctx)
-	return w.r, err
+	if err := w.Open(ctx); err != nil {
+		return nil, err
+	}
+	return w.r, nil
+}
+
+// Repository is Marker.ID of the repository, which it opens if need be.
+func (w *Archiver) Repository(ctx context.Context) (string, error) {
+	r, err := w.repo(ctx)
+	if err != nil {
+		return "", err
+	}
+	return r.Marker.ID, nil
 }
 
 // A WALFile is a file to archive.
@@ -85,15 +111,19 @@ func (w *Archiver) Put(ctx context.Context, f WALFile) ([]byte, error) {
 		p = new(parcel)
 	}
 	defer w.parcels.Put(p)
-	var refused error
+	var refused, opened error
 	var h walHeader
 	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return w.Open(ctx) })
+	g.Go(func() error { opened = w.Open(gctx); return opened })
 	if f.May != nil {
 		g.Go(func() error { refused = f.May(gctx); return nil })
 	}
 	g.Go(func() (err error) { h, err = w.pack(gctx, p, f); return wrap("archive", f.Name.String(), err) })
-	if err := g.Wait(); err != nil {
+	err := g.Wait()
+	if opened != nil && ctx.Err() != nil {
+		err = opened // it tells what the time went into
+	}
+	if err != nil {
 		return nil, err
 	}
 	if refused == nil {
@@ -148,10 +178,7 @@ func (w *Archiver) pack(ctx context.Context, p *parcel, f WALFile) (walHeader, e
 	p.buf = p.buf[:headroom]
 	sealed, err := seal.EncryptTo(p) // to nobody; a repository that does not want that is not opened
 	if w.access.Encrypted {
-		sealed = &late{ready: w.opened, open: func() (io.WriteCloser, error) {
-			if w.err != nil {
-				return nil, w.err
-			}
+		sealed = &late{ctx: ctx, ready: w.opened, open: func() (io.WriteCloser, error) {
 			to, err := w.r.walReaders(f.Name)
 			if err != nil {
 				return nil, err
@@ -173,8 +200,8 @@ func (w *Archiver) pack(ctx context.Context, p *parcel, f WALFile) (walHeader, e
 	if err := sealed.Close(); err != nil {
 		return walHeader{}, err
 	}
-	if <-w.opened; w.err != nil {
-		return walHeader{}, w.err
+	if err := wait(ctx, w.opened); err != nil {
+		return walHeader{}, err
 	}
 	stored := sha256.Sum256(p.body())
 	return walHeader{Header: w.access.header("wal"), Archive: w.archive, Name: f.Name.String(), Instance: w.instance,
@@ -257,6 +284,7 @@ const pieceSize = 256 << 10 // bytes
 
 // A late writer holds what is written until the one it is for can be opened.
 type late struct {
+	ctx   context.Context // of who waits
 	ready <-chan struct{}
 	held  [][]byte
 	open  func() (io.WriteCloser, error)
@@ -294,12 +322,24 @@ func (l *late) begin() (err error) {
 // Close waits until what was held could be written.
 func (l *late) Close() error {
 	if l.to == nil {
-		<-l.ready
+		if err := wait(l.ctx, l.ready); err != nil {
+			return err
+		}
 		if err := l.begin(); err != nil {
 			return err
 		}
 	}
 	return l.to.Close()
+}
+
+// wait returns when something is ready, or why nobody waits for it any more.
+func wait(ctx context.Context, ready <-chan struct{}) error {
+	select {
+	case <-ready:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // epochNumber is that of the key that content is encrypted to now; 0 for none.

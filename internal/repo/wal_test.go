@@ -2,16 +2,19 @@ package repo_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"testing"
+	"time"
 
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/fault"
 	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/seal"
@@ -202,5 +205,57 @@ func TestWALOfAnotherPlaceIsRefused(t *testing.T) {
 	}
 	if err := b.r.ReadWAL(ctx, archive, free, io.Discard); !errors.Is(err, fail.Untrusted) {
 		t.Errorf("signed by a stranger: %v, want %v", err, fail.Untrusted)
+	}
+}
+
+// Of those who archive together one may have less time, and be the first to open
+// the repository.
+func TestARepositoryThatOneCouldNotOpenAnotherOpens(t *testing.T) {
+	b := setup(t, new(store.Mem), true)
+	first := true
+	w := repo.NewArchiver(&fault.Store{Store: b.st, Before: func(op, key string) error {
+		if key == "PGKEEP" && first {
+			first = false
+			return context.DeadlineExceeded
+		}
+		return nil
+	}}, b.host, archive, "i1")
+	if err := w.Open(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Open = %v", err)
+	}
+	n, content := segment(t)
+	if _, err := w.Put(ctx, repo.WALFile{Name: n, Size: int64(len(content)), Content: bytes.NewReader(content)}); err != nil {
+		t.Error(err)
+	}
+	if id, err := w.Repository(ctx); err != nil || id != b.r.Marker.ID {
+		t.Errorf("Repository = %q, %v, want %q", id, err, b.r.Marker.ID)
+	}
+}
+
+func TestWhoWaitsForARepositoryToOpenWaitsNoLongerThanHeMay(t *testing.T) {
+	b := setup(t, new(store.Mem), true)
+	asked, answer := make(chan struct{}), make(chan struct{})
+	w := repo.NewArchiver(&fault.Store{Store: b.st, Before: func(_, key string) error {
+		if key == "PGKEEP" {
+			close(asked)
+			<-answer
+		}
+		return nil
+	}}, b.host, archive, "i1")
+	done := make(chan error, 1)
+	go func() { done <- w.Open(ctx) }()
+	<-asked
+	brief, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
+	defer cancel()
+	if err := w.Open(brief); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Open = %v", err)
+	}
+	n, content := segment(t)
+	if _, err := w.Put(brief, repo.WALFile{Name: n, Size: int64(len(content)), Content: bytes.NewReader(content)}); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Put = %v", err)
+	}
+	close(answer)
+	if err := <-done; err != nil {
+		t.Error(err)
 	}
 }

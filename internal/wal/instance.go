@@ -80,6 +80,21 @@ func openInstance(pgdata string) (Instance, error) {
 	return Instance{ID: id, Dir: dir}, err
 }
 
+// exists reports whether an instance is still the one at its place.
+func (i Instance) exists() bool {
+	at, err := thisPlace(i.Dir)
+	if err != nil {
+		return false
+	}
+	root, err := os.OpenRoot(i.Dir)
+	if err != nil {
+		return false
+	}
+	defer root.Close()
+	id, err := at.read(root)
+	return err == nil && id == i.ID
+}
+
 // A place is where a data directory is. It stays the same when the machine is
 // rebooted, which a device number does not.
 type place struct {

@@ -59,6 +59,9 @@ func (f Fetcher) Prefetch(ctx context.Context) error {
 	}
 	defer lock.Close()
 	defer sh.keep(nil)
+	if err := sh.sweep(); err != nil {
+		return fmt.Errorf("fetch ahead: %w", err)
+	}
 	r, err := f.Open(ctx)
 	if err != nil {
 		return fmt.Errorf("fetch ahead: %w", err)
@@ -361,6 +364,16 @@ func (sh *shelf) busy() bool {
 	}
 	defer file.Close()
 	return errors.Is(syscall.Flock(int(file.Fd()), syscall.LOCK_SH|syscall.LOCK_NB), syscall.EWOULDBLOCK)
+}
+
+// sweep removes what one who was killed had begun to fetch. Who calls it holds
+// the lock, and fetches nothing yet.
+func (sh *shelf) sweep() error {
+	parts, err := fs.Glob(sh.wal.FS(), path.Join(shelfDir, "*"+partSuffix))
+	for _, name := range parts {
+		err = errors.Join(err, sh.wal.Remove(name))
+	}
+	return err
 }
 
 // keep removes what is on the shelf, unless it is one of names, and returns which

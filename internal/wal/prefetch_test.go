@@ -388,6 +388,24 @@ func TestOneFetchesAhead(t *testing.T) {
 	})
 }
 
+// What one who was killed had begun to fetch stands in nobody's way.
+func TestAPartOfADeadProcessIsSwept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := segments(t, 1, 0x42, 6)
+		dir := serverDir(t)
+		r := archived(t, s...).recovery(t, dir, 3)
+		shelf := filepath.Join(dir, "pg_wal/pgkeep/prefetch")
+		if err := errors.Join(os.MkdirAll(shelf, 0o700), os.WriteFile(filepath.Join(shelf, s[1]+".part"), []byte("half"), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		r.fetch(t, s[0], false)
+		settle()
+		wantShelf(t, dir, s[1:4]...)
+		r.fetch(t, s[1], true)
+		time.Sleep(time.Minute)
+	})
+}
+
 // Nothing that stands in the way of fetching ahead stands in the way of fetch.
 func TestFetchNeedsNoShelf(t *testing.T) {
 	dir := t.TempDir()

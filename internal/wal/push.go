@@ -3,6 +3,7 @@ package wal
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/zeebo/xxh3"
 
@@ -23,7 +25,8 @@ type Pusher struct {
 	// Connect returns what puts files into the archive in the name of an
 	// instance. It is not called where a local record says all there is to say.
 	Connect func(ctx context.Context, a repo.Archive, instance string) (*repo.Archiver, error)
-	// Place names the store: a local record made with another one does not count.
+	// Place says where the repository is, and as whom it is reached: a local
+	// record made with another one does not count.
 	Place   string
 	Cluster string
 	Host    string // for people, who want to know who claimed a timeline
@@ -31,6 +34,10 @@ type Pusher struct {
 	// Parallel is how many files go up at a time. 0: as many as cores and
 	// memory are good for. 1: only the one that is asked for.
 	Parallel int
+	// Spawn starts a process that calls PushAhead, without waiting for it. It is
+	// called where several files wait and nobody seems to be at them. Nil, or an
+	// error: Push sends a few of them itself.
+	Spawn func(after pg.WALName) error
 }
 
 // A push is what a Pusher knows once it has looked around.
@@ -61,8 +68,9 @@ func (p *push) connect(ctx context.Context) (err error) {
 // fail.WrongSystem if it is another's, fail.Corrupt if it is none. So is one of a
 // timeline that another instance has claimed, with fail.TimelineTaken.
 //
-// Files that wait behind it go up meanwhile, and Push waits for those it has
-// begun. What becomes of them says nothing about its own file.
+// Files that wait behind it go up meanwhile, in a process of its own; or Push
+// sends some of them, and waits for those it has begun. What becomes of them says
+// nothing about its own file.
 func (p Pusher) Push(ctx context.Context, path string) error {
 	n, err := pg.ParseWALName(filepath.Base(path))
 	if err != nil {
@@ -73,18 +81,20 @@ func (p Pusher) Push(ctx context.Context, path string) error {
 		return err
 	}
 	inPlace := filepath.Clean(path) == j.path(n)
-	if inPlace && j.recorded(n) {
+	if inPlace && j.archived(ctx, n) {
+		j.keepAhead(j.following(n))
 		return nil
 	}
 	if err := j.connect(ctx); err != nil {
 		return err
 	}
+	alone := !inPlace || j.keepAhead(n)
 	ahead, cancel := context.WithCancel(ctx)
 	var g sync.WaitGroup
 	defer g.Wait()
 	slots := make(chan struct{}, j.parallel())
 	slots <- struct{}{}
-	if inPlace {
+	if !alone {
 		g.Go(func() { j.lookAhead(ahead, n, slots) })
 	}
 	_, err = j.push(ctx, n, path)
@@ -127,7 +137,13 @@ func (p *push) push(ctx context.Context, n pg.WALName, path string) (record, err
 	if err != nil {
 		return record{}, err
 	}
-	return p.record(n, info, sum, digest(check)), nil
+	to, err := p.archiver.Repository(ctx)
+	if err != nil {
+		return record{}, err
+	}
+	r := p.record(n, info)
+	r.Repository, r.Sum, r.Check, r.Archived = to, hex.EncodeToString(sum), hex.EncodeToString(digest(check)), time.Now().UnixNano()
+	return r, nil
 }
 
 // checked returns a reader of a file whose beginning can be what the name says.

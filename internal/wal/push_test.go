@@ -50,12 +50,19 @@ func makeServer(t *testing.T, dir string) {
 // control writes what ReadServer looks at.
 func control(t *testing.T, dir string, timeline uint32, state pg.ControlState) {
 	t.Helper()
+	promoted(t, dir, timeline, 0, state)
+}
+
+// promoted is control with a minimum recovery point on a timeline of its own.
+func promoted(t *testing.T, dir string, timeline, recovery uint32, state pg.ControlState) {
+	t.Helper()
 	b := make([]byte, 8192)
 	le := binary.LittleEndian
 	le.PutUint64(b, uint64(server.System))
 	le.PutUint32(b[8:], 1300)
 	le.PutUint32(b[16:], uint32(state))
 	le.PutUint32(b[48:], timeline)
+	le.PutUint32(b[144:], recovery)
 	le.PutUint64(b[208:], math.Float64bits(1234567))
 	le.PutUint32(b[216:], 8192)
 	le.PutUint32(b[220:], 131072)

@@ -23,7 +23,7 @@ import (
 type Server struct {
 	System      pg.SystemID
 	Major       int         // of PostgreSQL
-	Timeline    pg.Timeline // of the last checkpoint
+	Timeline    pg.Timeline // that it writes; of one in recovery, that of the last checkpoint
 	SegmentSize pg.SegmentSize
 	Recovering  bool // a standby, or a backup that is being restored
 }
@@ -46,7 +46,15 @@ func ReadServer(pgdata string) (Server, error) {
 		return Server{}, hint(err)
 	}
 	recovering := c.State == pg.ShutDownInRecovery || c.State == pg.InArchiveRecovery
-	return Server{c.System, major, c.Timeline, c.SegmentSize, recovering}, nil
+	timeline := c.Timeline
+	if !recovering {
+		// A promoted standby writes for up to checkpoint_timeout before its next
+		// checkpoint. Until then the new timeline stands beside the minimum
+		// recovery point, which the checkpoint clears (CreateEndOfRecoveryRecord
+		// and CreateCheckPoint in access/transam/xlog.c).
+		timeline = max(timeline, c.MinRecoveryTimeline)
+	}
+	return Server{c.System, major, timeline, c.SegmentSize, recovering}, nil
 }
 
 // readControl reads pg_control until it is not being written.
