@@ -36,8 +36,9 @@ type Test struct {
 	Report proof.Report // zero if Err is not nil
 }
 
-// Answered reports whether t says something about the backup: it passed, or
-// found something wrong. Else it was kept from an answer, as by a full disk.
+// Answered reports whether t says something about the backup, as proof.Judge has
+// it: it passed, or found something wrong. Else it was kept from an answer, as by
+// a full disk.
 func (t Test) Answered() bool {
 	return t.Err == nil && (t.Passed || fail.KindOf(t.Report.Err()) == fail.ProofFailed)
 }
@@ -88,12 +89,12 @@ func (b Backup) Usable() bool { return b.Err == nil && !b.Unfinished }
 // Tested is the newest restore test of b that came to an answer; that holds. It is
 // false if there is none: the backup is unproven.
 func (b Backup) Tested() (Test, bool) {
-	var all []repo.ListedProof
-	for _, t := range b.Tests {
-		all = append(all, t.ListedProof)
+	for _, t := range slices.Backward(b.Tests) {
+		if t.Answered() {
+			return t, true
+		}
 	}
-	st := proof.Judge(all)
-	return Test{repo.ListedProof{Proof: st.Last}, st.Report}, st.Last.Test != ""
+	return Test{}, false
 }
 
 // Newest is the usable backup that was finished last, of one of these kinds;

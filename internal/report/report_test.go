@@ -2,7 +2,6 @@ package report_test
 
 import (
 	"bytes"
-	"encoding/json"
 	"encoding/xml"
 	"errors"
 	"flag"
@@ -128,8 +127,7 @@ func test(m repo.Manifest, at time.Time, n int) health.Test {
 		r.Verdict, r.Lag = proof.Failed, nil
 		r.Checks = []proof.Check{{Name: proof.CheckBTree, Verdict: proof.Failed, Failed: 1, Items: 803, Message: "1 of 803 indexes does not agree with its table", Findings: []string{"secret_table_idx"}}}
 	}
-	text, _ := json.Marshal(r.Public()) // numbers and words: it cannot fail
-	return health.Test{ListedProof: repo.ListedProof{Proof: repo.Proof{Ref: m.Ref, Test: id(at), FinishedAt: r.Finished, Passed: r.Verdict == proof.Passed, Report: text}}, Report: r}
+	return health.Test{ListedProof: repo.ListedProof{Proof: repo.Proof{Ref: m.Ref, Test: id(at), FinishedAt: r.Finished, Passed: r.Verdict == proof.Passed}}, Report: r}
 }
 
 func write(t *testing.T, f report.Facts) string {
