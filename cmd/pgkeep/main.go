@@ -94,6 +94,7 @@ func newApp(in io.Reader, out, errw io.Writer) *cli.App {
 			initCommand(e),
 			doctorCommand(e),
 			keyCommand(e),
+			bucketCommand(e),
 			listCommand(e),
 			showCommand(e),
 			verifyCommand(e),

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -34,6 +35,11 @@ type S3Options struct {
 	Dir string
 	// Bucket is made if it is not there. Empty: "pgkeep".
 	Bucket string
+	// Users are the secrets of more access keys. What they may do, a policy of
+	// the bucket says.
+	Users map[string]string
+	// Versions lets the bucket keep older versions, and those that were deleted.
+	Versions bool
 	// Log gets what the server prints. Nil: the file s3.log in Dir.
 	Log io.Writer
 }
@@ -53,6 +59,7 @@ type S3 struct {
 	Data            string // the directory of the bucket: a file for each object
 
 	program string
+	opt     S3Options
 	args    []string
 	log     io.Writer
 	logFile *os.File // nil: the caller's writer
@@ -69,7 +76,7 @@ func StartS3(ctx context.Context, opt S3Options) (*S3, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start S3: %w", err)
 	}
-	s := &S3{program: program, Bucket: opt.Bucket, Dir: opt.Dir, log: opt.Log, Region: "us-east-1",
+	s := &S3{program: program, opt: opt, Bucket: opt.Bucket, Dir: opt.Dir, log: opt.Log, Region: "us-east-1",
 		AccessKeyID: rand.Text(), SecretAccessKey: rand.Text() + rand.Text()}
 	if s.Bucket == "" {
 		s.Bucket = "pgkeep"
@@ -133,8 +140,23 @@ func (s *S3) prepare() error {
 	}
 	s.Endpoint = "https://" + s.Addr
 	// Without keep-alive the server closes each connection after one answer.
-	s.args = []string{"--port", s.Addr, "--cert", cert, "--key", key, "--region", s.Region, "--quiet", "--keep-alive", "posix"}
-	if !keepsAttributes(root) {
+	s.args = []string{"--port", s.Addr, "--cert", cert, "--key", key, "--region", s.Region, "--quiet", "--keep-alive"}
+	if len(s.opt.Users) > 0 {
+		dir, err := s.users()
+		if err != nil {
+			return err
+		}
+		s.args = append(s.args, "--iam-dir", dir)
+	}
+	s.args = append(s.args, "posix")
+	if s.opt.Versions {
+		old := filepath.Join(s.Dir, "versions")
+		if err := os.MkdirAll(old, 0o700); err != nil {
+			return err
+		}
+		s.args = append(s.args, "--versioning-dir", old)
+	}
+	if !keepsAttributes(root) || len(s.opt.Users) > 0 { // a policy for many is more than a file system keeps as one
 		side := filepath.Join(s.Dir, "attributes")
 		if err := os.MkdirAll(side, 0o700); err != nil {
 			return err
@@ -143,6 +165,28 @@ func (s *S3) prepare() error {
 	}
 	s.args = append(s.args, root)
 	return nil
+}
+
+// users writes the access keys as versitygw keeps them itself.
+func (s *S3) users() (dir string, err error) {
+	type account struct {
+		Access string `json:"access"`
+		Secret string `json:"secret"`
+		Role   string `json:"role"`
+	}
+	all := make(map[string]account)
+	for key, secret := range s.opt.Users {
+		all[key] = account{key, secret, "user"}
+	}
+	text, err := json.Marshal(map[string]any{"accessAccounts": all})
+	if err != nil {
+		return "", err
+	}
+	dir = filepath.Join(s.Dir, "iam")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", err
+	}
+	return dir, os.WriteFile(filepath.Join(dir, "users.json"), text, 0o600)
 }
 
 // lastingAddr returns a loopback address whose port is free, and not one of those
@@ -189,25 +233,17 @@ func (s *S3) start(ctx context.Context) error {
 func (s *S3) waitReady(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	client, err := s.client()
+	api, done, err := s.API(s.AccessKeyID, s.SecretAccessKey)
 	if err != nil {
 		return err
 	}
-	defer client.CloseIdleConnections()
-	api := s3.New(s3.Options{
-		BaseEndpoint: &s.Endpoint,
-		Region:       s.Region,
-		UsePathStyle: true,
-		Credentials:  credentials.NewStaticCredentialsProvider(s.AccessKeyID, s.SecretAccessKey, ""),
-		HTTPClient:   client,
-		Retryer:      aws.NopRetryer{},
-	})
+	defer done()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
 		_, err := api.HeadBucket(ctx, &s3.HeadBucketInput{Bucket: &s.Bucket})
 		if err != nil {
-			_, err = api.CreateBucket(ctx, &s3.CreateBucketInput{Bucket: &s.Bucket})
+			_, err = api.CreateBucket(ctx, &s3.CreateBucketInput{Bucket: &s.Bucket, ObjectLockEnabledForBucket: &s.opt.Versions})
 		}
 		if err == nil {
 			return nil
@@ -220,6 +256,23 @@ func (s *S3) waitReady(ctx context.Context) error {
 		case <-tick.C:
 		}
 	}
+}
+
+// API speaks to the server with an access key, without trying anything again.
+// Done closes its connections.
+func (s *S3) API(accessKeyID, secretAccessKey string) (api *s3.Client, done func(), err error) {
+	client, err := s.client()
+	if err != nil {
+		return nil, nil, err
+	}
+	return s3.New(s3.Options{
+		BaseEndpoint: &s.Endpoint,
+		Region:       s.Region,
+		UsePathStyle: true,
+		Credentials:  credentials.NewStaticCredentialsProvider(accessKeyID, secretAccessKey, ""),
+		HTTPClient:   client,
+		Retryer:      aws.NopRetryer{},
+	}), client.CloseIdleConnections, nil
 }
 
 // client trusts the server's authority and nothing else.
