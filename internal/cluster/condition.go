@@ -16,10 +16,13 @@ import (
 // A Condition is how a cluster is doing, as far as backups are concerned.
 type Condition struct {
 	Facts
-	Archiver Archiver
+	Now         time.Time // by the server's clock
+	Archiver    Archiver
+	ArchiverErr error // why nothing is known of it; a role for logical backups may not ask
 	// ArchiveBy is the program that archives: the first word of archive_command,
 	// without its directory, or the name of a library. "": none is set.
 	ArchiveBy string
+	Ours      bool // archive_command runs pgkeep-wal
 
 	MaxWALSize int64 // bytes
 	// Checkpoints since the statistics were reset: those that were due, and those
@@ -59,8 +62,8 @@ func (c Cluster) Condition(ctx context.Context, young time.Duration) (Condition,
 		return Condition{}, err
 	}
 	d := Condition{Facts: f}
-	if d.Archiver, err = c.Archiver(ctx); err != nil {
-		return d, err
+	if d.Archiver, d.ArchiverErr = c.Archiver(ctx); d.ArchiverErr != nil && !errors.Is(d.ArchiverErr, fail.PGDenied) {
+		return d, d.ArchiverErr
 	}
 	conn, err := c.Connect(ctx, "")
 	if err != nil {
@@ -78,11 +81,12 @@ func (c Cluster) Condition(ctx context.Context, young time.Duration) (Condition,
 func (d *Condition) read(ctx context.Context, conn *pgx.Conn, young time.Duration) error {
 	var command, library string
 	err := conn.QueryRow(ctx, `
-		SELECT current_setting('archive_command'), coalesce(current_setting('archive_library', true), ''),
-		       pg_size_bytes(current_setting('max_wal_size'))`).Scan(&command, &library, &d.MaxWALSize)
+		SELECT clock_timestamp(), current_setting('archive_command'), coalesce(current_setting('archive_library', true), ''),
+		       pg_size_bytes(current_setting('max_wal_size'))`).Scan(&d.Now, &command, &library, &d.MaxWALSize)
 	if err != nil {
 		return err
 	}
+	d.Ours = library == "" && strings.Contains(command, "pgkeep-wal")
 	// The rest of a command may hold what is nobody's business.
 	program, _, _ := strings.Cut(strings.TrimSpace(command), " ")
 	if d.ArchiveBy = library; library == "" && program != "" && program != "(disabled)" {

@@ -27,11 +27,10 @@ func AskServer(ctx context.Context, name string, c cluster.Cluster, d Duty) Serv
 	if s.Condition, s.Err = c.Condition(ctx, young); s.Err != nil {
 		return s
 	}
-	now := s.Archiver.Now
-	if after := time.Now(); now.After(after) {
-		s.Skew = now.Sub(after)
-	} else if now.Before(before) {
-		s.Skew = now.Sub(before)
+	if after := time.Now(); s.Now.After(after) {
+		s.Skew = s.Now.Sub(after)
+	} else if s.Now.Before(before) {
+		s.Skew = s.Now.Sub(before)
 	}
 	_, s.Tools = c.Tools(ctx, s.Version)
 	if d.Logical {

@@ -92,12 +92,14 @@ func (s Server) findArchiving(f *findings, d Duty) {
 			"PostgreSQL archives nothing: between two backups no moment can be recovered")
 	case s.ArchiveBy == "":
 		f.add("archive-missing", Critical, sql(set, reload), "archive_mode is on, and there is no archive_command: the log piles up in pg_wal")
-	case !s.Archiver.Ours:
+	case !s.Ours:
 		f.add("archive-foreign", severe(d.Physical), sql(set, reload), "the log is archived by %s, not by pgkeep-wal", s.ArchiveBy)
 	}
 	err := audit.Stuck(s.Cluster, s.Archiver)
 	switch {
-	case err == nil || !s.Archiver.Archiving:
+	case s.ArchiverErr != nil && d.Physical:
+		f.add("pg-denied", Critical, fixOf(s.ArchiverErr), "nothing is known of what waits to be archived: %v", s.ArchiverErr)
+	case s.ArchiverErr != nil || err == nil || !s.Archiver.Archiving:
 	case !s.Archiver.LastFailed.IsZero() && s.Archiver.Now.Sub(s.Archiver.LastFailed) <= audit.Patience:
 		f.add("archive-failing", Critical, fixOf(err), "%v", err)
 	default:

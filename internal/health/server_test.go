@@ -188,6 +188,15 @@ func TestServerFindings(t *testing.T) {
 	p.exec("GRANT pg_monitor TO clerk")
 	eventually(t, "pg-denied", false, p.ask(both))
 
+	// The rights that backups take are enough to ask.
+	for role, d := range map[string]cluster.Duties{"copies": {Physical: true}, "dumps": {Logical: true}, "all": {Physical: true, Logical: true}} {
+		p.exec(cluster.RoleSQL(role, d))
+		p.at.Conninfo = strings.Replace(p.Conninfo(), "user=postgres", "user="+role, 1)
+		if found := p.ask(health.Duty{Physical: d.Physical, Logical: d.Logical})(); len(found) > 0 {
+			t.Errorf("as %s: %+v", role, found)
+		}
+	}
+
 	p.at = cluster.Cluster{Conninfo: p.Conninfo(), BinDir: t.TempDir()}
 	if f := eventually(t, "pg-dump", true, p.ask(both)); f.Severity != health.Critical || !strings.Contains(f.Fix, "postgresql-client-") {
 		t.Errorf("%+v", f)
