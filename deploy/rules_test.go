@@ -90,6 +90,7 @@ func TestAlertRules(t *testing.T) {
 			deaf[series] = "0"
 		}
 	}
+	promised := scrape{"pgkeep_window_promised_seconds" + main: "1209600", "pgkeep_window_age_seconds" + main: "86400", "pgkeep_backup_oldest_age_seconds" + kind("physical"): "86400"}
 	cases := []struct {
 		what string
 		told scrape
@@ -107,6 +108,8 @@ func TestAlertRules(t *testing.T) {
 		{"a backup is damaged", sound.with(t, scrape{"pgkeep_backups_damaged" + main: "1"}), []string{"PgkeepBackupDamaged main"}},
 		{"a backup leads nowhere", sound.with(t, scrape{"pgkeep_backups_unusable" + main: "1"}), []string{"PgkeepBackupUnusable main"}},
 		{"a hole", sound.with(t, scrape{"pgkeep_wal_holes" + main: "1"}), []string{"PgkeepWALHole main"}},
+		{"the window is shorter than promised", sound.with(t, promised).with(t, scrape{"pgkeep_backup_oldest_age_seconds" + kind("physical"): "1300000"}), []string{"PgkeepWindowShort main"}},
+		{"the window is shorter, and so is its history", sound.with(t, promised), nil},
 		{"files wait", sound.with(t, scrape{"pgkeep_wal_ready_age_seconds" + main: "601"}), []string{"PgkeepWALNotArchived main"}},
 		{"the archive is behind", sound.with(t, scrape{"pgkeep_wal_lag_bytes" + main: "2e9"}), []string{"PgkeepWALBehind main"}},
 		{"nothing is archived", sound.with(t, scrape{"pgkeep_wal_archiving" + main: "0"}), []string{"PgkeepArchivingOff main"}},

@@ -33,7 +33,7 @@ spool: %[1]s/spool
 temporal: {address: "127.0.0.1:9"} # nobody is there
 metrics: {listen: "%[2]s"}
 clusters:
-  main: {conninfo: "host=%[1]s"}
+  main: {conninfo: "host=%[1]s", retention: {window: 14d}}
 `, dir, address), 0o600)
 	if err != nil {
 		t.Fatal(err)
@@ -67,6 +67,7 @@ clusters:
 	for _, line := range []string{
 		`pgkeep_backups{cluster="main",kind="logical"} 0`,
 		`pgkeep_wal_ready_files{cluster="main"} -1`,
+		`pgkeep_window_promised_seconds{cluster="main"} 1.2096e+06`,
 		`pgkeep_schedule_present{cluster="main",kind="logical"} -1`,
 	} {
 		if !strings.Contains(text, "\n"+line+"\n") {

@@ -65,6 +65,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 	var physical []*backup.Physical
 	var audits []*audit.Auditor
 	var expirers []*expire.Expirer
+	promised := make(map[string]time.Duration)
 	for _, name := range slices.Sorted(maps.Keys(cfg.Clusters)) {
 		if host := cfg.Clusters[name].Expirer(); !cfg.Clusters[name].Retention.IsZero() && (host == "" || host == cfg.Host) {
 			expirers = append(expirers, expirer(cfg, string(name), func(ctx context.Context) (*repo.Repo, error) { return repo.Open(ctx, st, access) }))
@@ -82,11 +83,12 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 		}
 		logical, physical = append(logical, l), append(physical, p)
 		audits = append(audits, &audit.Auditor{Name: l.Name, Cluster: l.Cluster, Open: l.Open})
+		promised[l.Name] = cfg.Clusters[name].Retention.Window
 	}
 	if len(logical)+len(expirers) == 0 {
 		return config.Errorf("no cluster of host %s in the configuration: nothing to serve", cfg.Host)
 	}
-	measured, stop, err := serveMetrics(ctx, string(cfg.Metrics.Listen), metrics.Options{Clusters: audits, Log: log})
+	measured, stop, err := serveMetrics(ctx, string(cfg.Metrics.Listen), metrics.Options{Clusters: audits, Log: log, Promised: promised})
 	if err != nil {
 		return err
 	}

@@ -16,7 +16,7 @@ const (
 
 // scheduled are the kinds of schedules.
 func scheduled() []string {
-	return []string{workflows.Logical, workflows.Physical, workflows.KindWALAudit, workflows.KindRestoreTest}
+	return []string{workflows.Logical, workflows.Physical, workflows.KindWALAudit, workflows.KindExpire, workflows.KindRestoreTest}
 }
 
 // A Metric is one of those that there are for every cluster.
@@ -90,6 +90,8 @@ func Catalogue() []Metric {
 			Help: "When the newest backup was finished."},
 		{Name: "pgkeep_backup_age_seconds", Label: "kind", Values: backups, value: since((*State).newest),
 			Help: "How long ago that was."},
+		{Name: "pgkeep_backup_oldest_age_seconds", Label: "kind", Values: backups, value: since((*State).oldest),
+			Help: "How long ago the oldest backup was finished that is there."},
 		{Name: "pgkeep_backups", Label: "kind", Values: backups, Help: "Backups that can be believed.",
 			value: stored(func(s *State, of string) float64 {
 				n := 0
@@ -153,6 +155,10 @@ func Catalogue() []Metric {
 			value: at(func(s *State, _ string) time.Time { return s.window().From })},
 		{Name: "pgkeep_window_end_timestamp_seconds", Help: "Up to which moment: when the last segment was archived.",
 			value: at(func(s *State, _ string) time.Time { return s.window().To })},
+		{Name: "pgkeep_window_age_seconds", value: since(func(s *State, _ string) time.Time { return s.window().From }),
+			Help: "How long ago the window begins."},
+		{Name: "pgkeep_window_promised_seconds", Help: "How long the retention of the cluster promises it to be; 0: it promises nothing.",
+			value: func(s *State, _ string, _ time.Time) float64 { return s.Promised.Seconds() }},
 		{Name: "pgkeep_wal_holes", Help: "Places where files are missing in the archive of the write-ahead log.",
 			value: stored(func(s *State, _ string) float64 { return float64(len(s.Stored.Holes())) })},
 		{Name: "pgkeep_wal_missing_files", Help: "Files that are missing in these places.",

@@ -34,8 +34,9 @@ type Options struct {
 	Clusters []*audit.Auditor // of this host
 	Log      *slog.Logger
 
-	Rarely time.Duration // how often all that is stored is listed; 0: 10 minutes
-	Often  time.Duration // how often the server, its newest segment and Temporal are asked; 0: 30 s
+	Promised map[string]time.Duration // how long a window of moments the retention of a cluster promises, by name
+	Rarely   time.Duration            // how often all that is stored is listed; 0: 10 minutes
+	Often    time.Duration            // how often the server, its newest segment and Temporal are asked; 0: 30 s
 }
 
 // Metrics watches clusters and serves what it sees. Use New.
@@ -60,7 +61,7 @@ func New(opt Options) (*Metrics, error) {
 	m := &Metrics{opt: opt, registry: prometheus.NewRegistry()}
 	for _, a := range opt.Clusters {
 		m.watches = append(m.watches, &watch{auditor: a, failing: make(map[Source]bool),
-			state: State{Seen: make(map[Source]time.Time), Good: make(map[Source]bool)}})
+			state: State{Promised: opt.Promised[a.Name], Seen: make(map[Source]time.Time), Good: make(map[Source]bool)}})
 	}
 	m.temporal = &temporalHandler{series: &seriesSet{all: make(map[string]*series)}}
 	for _, c := range []prometheus.Collector{collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), clusters{m}, m.temporal.series} {

@@ -18,6 +18,7 @@ import (
 
 	"github.com/pgkeep/pgkeep/internal/audit"
 	"github.com/pgkeep/pgkeep/internal/cluster"
+	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/health"
 	"github.com/pgkeep/pgkeep/internal/metrics"
@@ -137,7 +138,7 @@ func TestEverySeriesIsThereFromTheStart(t *testing.T) {
 				case strings.HasSuffix(m.Name, "_ready_age_seconds"):
 				case strings.HasSuffix(m.Name, "_age_seconds"):
 					want = math.Inf(1)
-				case strings.HasSuffix(m.Name, "_timestamp_seconds"), m.Counter, m.Name == "pgkeep_look_success":
+				case strings.HasSuffix(m.Name, "_timestamp_seconds"), m.Counter, m.Name == "pgkeep_window_promised_seconds", m.Name == "pgkeep_look_success":
 					want = 0
 				}
 				if v, ok := got[s]; !ok || v != want {
@@ -171,7 +172,13 @@ func TestWhatIsKnown(t *testing.T) {
 		return b
 	}
 	test := func(at time.Time, passed bool, rto float64, lag *proof.Lag) health.Test {
-		return health.Test{ListedProof: repo.ListedProof{Proof: repo.Proof{FinishedAt: at, Passed: passed}}, Report: proof.Report{RTO: rto, Lag: lag}}
+		t.Helper()
+		report := proof.Report{RTO: rto, Lag: lag}
+		text, err := json.Marshal(report)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return health.Test{ListedProof: repo.ListedProof{Proof: repo.Proof{Test: "t", FinishedAt: at, Passed: passed, Report: text}}, Report: report}
 	}
 	damaged := backup("d", "", time.Time{})
 	damaged.Err = fail.Corrupt
@@ -179,8 +186,9 @@ func TestWhatIsKnown(t *testing.T) {
 	unfinished.Unfinished = true
 	archive := repo.Archive{Cluster: "main", System: 7, Major: 15}
 	s := metrics.State{
-		Seen: map[metrics.Source]time.Time{metrics.Repository: ago(5 * time.Minute), metrics.Server: ago(time.Second), metrics.Schedules: ago(time.Hour)},
-		Good: map[metrics.Source]bool{metrics.Server: true, metrics.Schedules: true},
+		Seen:     map[metrics.Source]time.Time{metrics.Repository: ago(5 * time.Minute), metrics.Server: ago(time.Second), metrics.Schedules: ago(time.Hour)},
+		Good:     map[metrics.Source]bool{metrics.Server: true, metrics.Schedules: true},
+		Promised: 14 * 24 * time.Hour,
 		Stored: health.Stored{Cluster: "main",
 			Backups: []health.Backup{
 				backup("p1", repo.Physical, ago(50*time.Hour), test(ago(49*time.Hour), true, 300, &proof.Lag{Bytes: 4096, Seconds: 2})),
@@ -231,6 +239,9 @@ func TestWhatIsKnown(t *testing.T) {
 		"pgkeep_restore_test_rpo_bytes" + physical:                                -1,
 		"pgkeep_window_start_timestamp_seconds" + main:                            seconds(ago(30 * time.Hour)),
 		"pgkeep_window_end_timestamp_seconds" + main:                              seconds(ago(time.Minute)),
+		"pgkeep_window_age_seconds" + main:                                        30 * 3600,
+		"pgkeep_window_promised_seconds" + main:                                   14 * 86400,
+		"pgkeep_backup_oldest_age_seconds" + physical:                             50 * 3600,
 		"pgkeep_wal_holes" + main:                                                 2,
 		"pgkeep_wal_missing_files" + main:                                         4,
 		"pgkeep_wal_newest_timestamp_seconds" + main:                              seconds(ago(time.Minute)),
@@ -327,6 +338,19 @@ func TestWhatTemporalMeasures(t *testing.T) {
 	} {
 		if v, ok := got[series]; !ok || v != want {
 			t.Errorf("%s = %v (there: %v), want %v", series, v, ok, want)
+		}
+	}
+}
+
+// What can be scheduled is watched.
+func TestEveryKindOfScheduleIsThere(t *testing.T) {
+	want := new(config.Kind).UnmarshalText([]byte("?")).Error()
+	for _, m := range metrics.Catalogue() {
+		if !strings.HasPrefix(m.Name, "pgkeep_schedule_") {
+			continue
+		}
+		if list := strings.Join(m.Values, ", "); !strings.HasSuffix(strings.ReplaceAll(want, " or ", ", "), list) {
+			t.Errorf("%s has %s; of a schedule, config says %q", m.Name, list, want)
 		}
 	}
 }

@@ -25,6 +25,7 @@ type State struct {
 	Seen map[Source]time.Time // when a look succeeded last
 	Good map[Source]bool      // the newest look did
 
+	Promised  time.Duration // of the window of moments, by retention; 0: nothing is
 	Stored    health.Stored
 	Usage     repo.Usage
 	Newest    Segment                      // of the archive that is written to
@@ -54,6 +55,16 @@ func (s *State) knows(src Source) bool { return !s.Seen[src].IsZero() }
 func (s *State) newest(kind string) time.Time {
 	b, _ := s.Stored.Newest(repo.Kind(kind))
 	return b.FinishedAt
+}
+
+// oldest is the first backup of a kind that can be believed.
+func (s *State) oldest(kind string) time.Time {
+	for _, b := range s.Stored.Backups {
+		if b.Usable() && string(b.Kind) == kind {
+			return b.FinishedAt
+		}
+	}
+	return time.Time{}
 }
 
 // proven is when the newest backup of a kind was finished that passed its last
