@@ -90,6 +90,7 @@ func TestAlertRules(t *testing.T) {
 			deaf[series] = "0"
 		}
 	}
+	daily := scrape{"pgkeep_schedule_period_seconds" + kind("logical"): "86400"}
 	promised := scrape{"pgkeep_window_promised_seconds" + main: "1209600", "pgkeep_window_age_seconds" + main: "86400", "pgkeep_backup_oldest_age_seconds" + kind("physical"): "86400"}
 	cases := []struct {
 		what string
@@ -102,7 +103,9 @@ func TestAlertRules(t *testing.T) {
 		{"nobody is there", scrape{"up{}": "0"}, []string{"PgkeepAbsent", "PgkeepWorkerDown"}},
 		{"a worker is down", down, []string{"PgkeepWorkerDown"}},
 		{"a source is silent", sound.with(t, scrape{`pgkeep_look_age_seconds{cluster="main",source="repository"}`: "1801"}), []string{"PgkeepBlind main repository"}},
-		{"a backup is old", sound.with(t, scrape{"pgkeep_backup_age_seconds" + kind("logical"): "93601"}), []string{"PgkeepNoRecentBackup main logical"}},
+		{"a backup is old", sound.with(t, daily).with(t, scrape{"pgkeep_backup_age_seconds" + kind("logical"): "111601"}), []string{"PgkeepNoRecentBackup main logical"}},
+		{"a backup takes its time", sound.with(t, daily).with(t, scrape{"pgkeep_backup_age_seconds" + kind("logical"): "111599"}), nil},
+		{"a backup is old, and its schedule paused", sound.with(t, scrape{"pgkeep_schedule_period_seconds" + kind("logical"): "-1", "pgkeep_backup_age_seconds" + kind("logical"): "691201"}), []string{"PgkeepNoRecentBackup main logical"}},
 		{"a kind that is scheduled was never taken", sound.with(t, scrape{"pgkeep_schedule_present" + kind("physical"): "1"}), []string{"PgkeepNoRecentBackup main physical"}},
 		{"there is no backup", sound.with(t, scrape{"pgkeep_backups" + kind("logical"): "0"}), []string{"PgkeepNoBackup main"}},
 		{"a backup is damaged", sound.with(t, scrape{"pgkeep_backups_damaged" + main: "1"}), []string{"PgkeepBackupDamaged main"}},

@@ -212,6 +212,13 @@ func Catalogue() []Metric {
 			value: planned(func(e schedule.Existing) float64 { return yes(e.Paused) })},
 		{Name: "pgkeep_schedule_running", Label: "kind", Values: scheduled, Help: "Runs of the schedule that are going on.",
 			value: planned(func(e schedule.Existing) float64 { return float64(len(e.Running)) })},
+		{Name: "pgkeep_schedule_period_seconds", Label: "kind", Values: scheduled, Help: "The longest time between any two of its next starts. Of one that is paused it is not known.",
+			value: planned(func(e schedule.Existing) float64 {
+				if e.Every == 0 {
+					return unknown
+				}
+				return e.Every.Seconds()
+			})},
 		{Name: "pgkeep_schedule_next_timestamp_seconds", Label: "kind", Values: scheduled, value: start(func(e schedule.Existing) time.Time { return e.Next }),
 			Help: "When the schedule starts something next."},
 		{Name: "pgkeep_schedule_last_timestamp_seconds", Label: "kind", Values: scheduled, value: start(func(e schedule.Existing) time.Time { return e.Last }),

@@ -206,7 +206,7 @@ func TestWhatIsKnown(t *testing.T) {
 		Newest:   metrics.Segment{Archive: archive, End: 0x3000000, Archived: ago(time.Minute)},
 		Archiver: cluster.Archiver{System: 7, Major: 15, LSN: 0x3000500, Now: now, Archiving: true, Waiting: 2, Oldest: now.Add(-90 * time.Second)},
 		Schedules: map[string]schedule.Existing{"physical": {Paused: true, Missed: 2, Skipped: 3, Last: ago(2 * time.Hour), Running: make([]schedule.Run, 1)},
-			"wal-audit": {Next: now.Truncate(time.Millisecond)}},
+			"wal-audit": {Every: time.Hour, Next: now.Truncate(time.Millisecond)}},
 	}
 	m := start(t, "main")
 	m.Set("main", s)
@@ -254,6 +254,8 @@ func TestWhatIsKnown(t *testing.T) {
 		"pgkeep_schedule_present" + logical:                                       0,
 		"pgkeep_schedule_paused" + physical:                                       1,
 		"pgkeep_schedule_paused" + logical:                                        -1,
+		"pgkeep_schedule_period_seconds" + physical:                               -1,
+		`pgkeep_schedule_period_seconds{cluster="main",kind="wal-audit"}`:         3600,
 		"pgkeep_schedule_running" + physical:                                      1,
 		"pgkeep_schedule_next_timestamp_seconds" + physical:                       0,
 		`pgkeep_schedule_next_timestamp_seconds{cluster="main",kind="wal-audit"}`: seconds(now.Truncate(time.Millisecond)),
