@@ -140,7 +140,7 @@ func (l Ledger) path(t pg.Timeline) []stretch {
 	var path []stretch
 	from := pg.LSN(0)
 	for _, f := range l.of(t).Forks {
-		to := f.At - f.At%pg.LSN(l.SegmentSize)
+		to := f.At - f.At%pg.LSN(max(1, l.SegmentSize)) // there may be histories alone
 		path = append(path, stretch{f.Timeline, from, to, f.At})
 		from = to
 	}

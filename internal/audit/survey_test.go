@@ -7,6 +7,7 @@ import (
 	"errors"
 	"iter"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -289,5 +290,58 @@ func TestC3AHistoryThatALaterOneNamesIsMissing(t *testing.T) {
 	l.AddHistory(4, append(forks[:2:2], pg.Fork{Timeline: 3, At: 0x600000}), epoch)
 	if holes := l.Holes([]audit.Base{base(1, 0x200000)}); len(holes) != 1 || holes[0].First != "00000003.history" {
 		t.Errorf("of histories alone: %+v", holes)
+	}
+}
+
+// Where nothing but histories was archived, or all else was let go, nothing can
+// be reached; asking so was a division by zero.
+func TestHistoriesAlone(t *testing.T) {
+	b := newArchive(t)
+	b.put("00000002.history", []byte("1\t0/1800000\tno recovery target specified\n"))
+	l, odd := b.survey(audit.Ledger{})
+	base := audit.Base{Timeline: 1, Start: 0x1000100, Stop: 0x1100000}
+	if _, ok := l.Reach(base, 2); ok || len(odd) > 0 || !l.On(base, 2) || l.Frontier(2) != 0 {
+		t.Errorf("reach %v, odd %v, on the way %v, frontier %v", ok, odd, l.On(base, 2), l.Frontier(2))
+	}
+}
+
+// What was let go is no hole, unless a backup needs it itself; and no earlier
+// ledger makes it there.
+func TestC9WhatWasLetGoIsNoHole(t *testing.T) {
+	b := newArchive(t)
+	var names []string
+	for n := range pg.LSN(2000) {
+		name, err := pg.SegmentName(1, (n+1)<<20, 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		names = append(names, name)
+	}
+	b.put(names[0], make([]byte, 1<<20)) // of the first that is there the size is read
+	b.put(names[4], make([]byte, 1<<20))
+	b.fake(append(slices.Clone(names[1:4]), names[5:]...)...)
+	before, _ := b.survey(audit.Ledger{})
+	old := audit.Base{ID: "old", Timeline: 1, Start: 5<<20 + 100, Stop: 8<<20 - 100, Finished: epoch}
+	newer := audit.Base{ID: "newer", Timeline: 1, Start: 1001<<20 + 100, Stop: 1003<<20 - 100, Finished: epoch}
+	if _, err := b.r.RaiseFloors(t.Context(), b.a, []repo.Floor{{Timeline: 1, From: 1000 << 20}}, epoch); err != nil {
+		t.Fatal(err)
+	}
+	needed := func(n pg.WALName) bool {
+		at, err := n.Start(1 << 20)
+		return err != nil || at>>20 == 5 || at>>20 == 6 // 7 is lost
+	}
+	if done, err := b.r.RemoveWAL(t.Context(), b.a, 1<<20, needed); err != nil || done.Objects != 997 {
+		t.Fatalf("%+v, %v", done, err)
+	}
+	l, _ := b.survey(before)
+	if rs := l.Timelines[0].Ranges; len(rs) != 2 || rs[0].From != 5<<20 || rs[0].To != 7<<20 || rs[1].From != 1000<<20 {
+		t.Errorf("ranges are %+v", rs)
+	}
+	holes := l.Holes([]audit.Base{old, newer})
+	if len(holes) != 1 || holes[0].String() != names[6] {
+		t.Errorf("holes are %v, want %s alone", holes, names[6])
+	}
+	if w, stuck := l.Windows([]audit.Base{newer}); len(w) != 1 || len(stuck) > 0 {
+		t.Errorf("windows %v, stuck %v", w, stuck)
 	}
 }

@@ -37,10 +37,12 @@ type settlement struct {
 	Undeleted bool   `json:"undeleted"` // else what the backup holds is removed
 }
 
-const (
-	tombstoneName    = "deleted.json"
-	settlementPrefix = "settled-"
-)
+const tombstoneName = "deleted.json"
+
+// settlement is the key of what becomes of t.
+func (t Tombstone) settlement() string {
+	return t.dir() + "settled-" + cmp.Or(t.Nonce, "0") + ".json"
+}
 
 func (r *Repo) tombstone(ctx context.Context, b Ref) (t Tombstone, err error) {
 	err = r.getSigned(ctx, b.dir()+tombstoneName, "tombstone", &t)
@@ -52,7 +54,7 @@ func (r *Repo) tombstone(ctx context.Context, b Ref) (t Tombstone, err error) {
 
 // settle decides what becomes of a tombstone, or finds that it is decided.
 func (r *Repo) settle(ctx context.Context, t Tombstone, undelete bool) (undeleted bool, err error) {
-	key := t.dir() + settlementPrefix + cmp.Or(t.Nonce, "0") + ".json"
+	key := t.settlement()
 	s := settlement{r.access.header("settlement"), t.Ref, t.Nonce, undelete}
 	if err := putSigned(ctx, r.st, r.access, key, s); !errors.Is(err, store.ErrExist) {
 		return undelete, err
@@ -124,10 +126,12 @@ func (r *Repo) Undelete(ctx context.Context, b Ref) error {
 		if errors.Is(err, store.ErrNotExist) {
 			_, err = readAll(ctx, r.st, b.dir()+"intent.json", maxDocument)
 		}
-		if err != nil && !errors.Is(err, store.ErrNotExist) {
+		if errors.Is(err, store.ErrNotExist) {
+			undeleted, err = false, r.st.Delete(ctx, t.settlement())
+		}
+		if err != nil {
 			return err
 		}
-		undeleted = err == nil
 	}
 	if !undeleted {
 		return fmt.Errorf("backup %s of cluster %s: its removal has begun: %w", b.ID, b.Cluster, fail.NoBackup)

@@ -242,6 +242,9 @@ func (rs *resolver) hole(c candidate, last pg.WALRecord) error {
 	if c.reach.To < rs.l.Frontier(c.timeline) {
 		kind, what = fail.WALHole, fmt.Sprintf("segments are missing in the archive from %v on", c.reach.To)
 	}
+	if floor := rs.floor(c); c.reach.To < floor {
+		kind, what = fail.Unreachable, fmt.Sprintf("retention let the log go from %v on", c.reach.To)
+	}
 	for _, later := range rs.usable {
 		if later.Physical.Stop > c.reach.To {
 			next = ", and after it " + moment(later.Manifest)
@@ -253,6 +256,14 @@ func (rs *resolver) hole(c candidate, last pg.WALRecord) error {
 		before = fmt.Sprintf("the last transaction before that was %d, committed at %s (%v); --to-xid %d reaches it", last.XID, instant(last.Time), last.At, last.XID)
 	}
 	return fail.Hint(fmt.Errorf("restore %s: %s: %w", rs.t, what, kind), before+next)
+}
+
+// floor is from where on the log that c leads to is kept, on the last timeline that
+// it comes to.
+func (rs *resolver) floor(c candidate) pg.LSN {
+	path := c.reach.Path
+	i := slices.IndexFunc(rs.l.Timelines, func(t audit.Timeline) bool { return t.ID == path[len(path)-1] })
+	return rs.l.Timelines[i].Floor // without an entry there would be no way
 }
 
 // tooEarly is the error for a target before the end of every backup.

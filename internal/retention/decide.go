@@ -31,7 +31,7 @@ const (
 // kind and the newest proven one stay, whatever the policy; so does what somebody
 // holds, what is under way, and what that has pinned.
 func Decide(p Policy, f Facts) Plan {
-	d := decider{policy: p, facts: f, plan: Plan{Cluster: f.Cluster, Now: f.Now}, from: f.Now.Add(-p.Window)}
+	d := decider{policy: p, facts: f, plan: Plan{Cluster: f.Cluster, Now: f.Now}, from: f.Now.Add(-p.Window - Skew)}
 	d.collect()
 	if !p.IsZero() {
 		d.clock()
@@ -48,8 +48,8 @@ type decider struct {
 	facts  Facts
 	plan   Plan
 
-	all  []*entry // oldest first
-	from time.Time
+	all  []*entry  // oldest first
+	from time.Time // where the window begins, and a little before: clocks differ
 	// walFrom is from when on the log is kept: from, or the beginning of a backup
 	// under way.
 	walFrom time.Time

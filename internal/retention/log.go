@@ -48,7 +48,7 @@ func (d *decider) log() {
 }
 
 func (d *decider) archive(l audit.Ledger) WAL {
-	w := WAL{Archive: l.Archive, SegmentSize: l.SegmentSize, own: make(map[string]bool)}
+	w := WAL{Archive: l.Archive, SegmentSize: l.SegmentSize, own: make(map[string]bool), from: make(map[pg.Timeline]pg.LSN)}
 	nothing := func(format string, args ...any) {
 		w.Why = cmp.Or(w.Why, "nothing goes: "+fmt.Sprintf(format, args...))
 	}
@@ -86,15 +86,17 @@ func (d *decider) archive(l audit.Ledger) WAL {
 		if !live || !d.inUse(t, bases) {
 			continue
 		}
-		first := d.leadsIn(l, t.ID, bases)
+		if into := d.leadsIn(l, t.ID, bases, d.from); into != nil {
+			if d.policy.Window > 0 {
+				into.keep("window: timeline %d from %s on", t.ID, date(d.facts.Now.Add(-d.policy.Window)))
+			} else {
+				into.keep("the log of timeline %d from here on", t.ID)
+			}
+		}
+		first := d.leadsIn(l, t.ID, bases, d.walFrom)
 		if first == nil {
 			nothing("on the way to timeline %d no good backup is as old as %s", t.ID, date(d.walFrom))
 			continue
-		}
-		if d.policy.Window > 0 {
-			first.keep("window: timeline %d from %s on", t.ID, date(d.walFrom))
-		} else {
-			first.keep("the log of timeline %d from here on", t.ID)
 		}
 		for on, from := range l.From(base(first.Record), t.ID) {
 			if at, ok := floors[on]; !ok || from < at {
@@ -119,9 +121,10 @@ func (d *decider) archive(l audit.Ledger) WAL {
 				from = max(from, at+pg.LSN(l.SegmentSize))
 			}
 		}
+		w.from[t.ID] = from // what is there may lead on from below the floor
+		w.Segments += w.going(t, from)
 		if from = max(from, t.Floor); from > 0 {
 			w.Floors = append(w.Floors, repo.Floor{Timeline: t.ID, From: from})
-			w.Segments += w.going(t, from)
 		}
 	}
 	return w
@@ -189,10 +192,10 @@ func (d *decider) inUse(t audit.Timeline, bases []*entry) bool {
 }
 
 // leadsIn is the newest good backup, on the way to a timeline, that ended before
-// what is kept begins.
-func (d *decider) leadsIn(l audit.Ledger, t pg.Timeline, bases []*entry) (first *entry) {
+// some time.
+func (d *decider) leadsIn(l audit.Ledger, t pg.Timeline, bases []*entry, from time.Time) (first *entry) {
 	for _, e := range bases {
-		if e.ended().After(d.walFrom) || !l.On(base(e.Record), t) {
+		if e.ended().After(from) || !l.On(base(e.Record), t) {
 			continue
 		}
 		if _, ok := l.Reach(base(e.Record), t); !ok {

@@ -76,12 +76,17 @@ type WAL struct {
 	Segments    int            `json:"segments"`         // how many go
 	Why         string         `json:"why"`              // what the floors rest on, or why nothing goes
 
-	own map[string]bool // names of the segments that backups need themselves
+	own  map[string]bool        // names of the segments that backups need themselves
+	from map[pg.Timeline]pg.LSN // all segments from there on stay
 }
 
-// Needed reports whether a backup needs the segment that a file belongs to for
-// itself, or as much as is known of it.
-func (w WAL) Needed(n pg.WALName) bool { return w.own[n.Segment()] }
+// Needed reports whether the segment that a file belongs to leads to a moment
+// that is kept, or is needed by a backup itself.
+func (w WAL) Needed(n pg.WALName) bool {
+	at, err := n.Start(w.SegmentSize)
+	from, decided := w.from[n.Timeline]
+	return err != nil || !decided || at >= from || w.own[n.Segment()]
+}
 
 // Removals are the backups to be marked as deleted.
 func (p Plan) Removals() (ids []repo.ID) {

@@ -162,7 +162,7 @@ func (p *patience) after(err error, now time.Time) (wait time.Duration, again bo
 		p.hole = now
 	}
 	switch {
-	case errors.Is(err, ErrAbsent), errors.Is(err, fail.BadConfig), errors.Is(err, context.Canceled):
+	case errors.Is(err, ErrAbsent), errors.Is(err, errLetGo), errors.Is(err, fail.BadConfig), errors.Is(err, context.Canceled):
 		return 0, false
 	case !p.hole.IsZero() && now.Sub(p.hole) >= p.holeGrace:
 		return 0, false
@@ -281,6 +281,9 @@ func absent(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName, s S
 	if n.Kind == pg.History && n.Timeline <= s.Timeline {
 		return ErrAbsent // the first has none; that of this server may have begun before it had an archive
 	}
+	if err := letGo(ctx, r, a, n, s); err != nil {
+		return err
+	}
 	if err := overtaken(ctx, r, a, n); err != nil {
 		return err
 	}
@@ -305,6 +308,28 @@ func absent(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName, s S
 		}
 	}
 	return ErrAbsent
+}
+
+// errLetGo means that retention let a segment go. It was there, and will not come
+// back by itself.
+var errLetGo = errors.New("retention let it go")
+
+// letGo fails if n may be missing because nobody was to need it any more. It was
+// written, all the same: PostgreSQL must not take this for the end of the log.
+func letGo(ctx context.Context, r *repo.Repo, a repo.Archive, n pg.WALName, s Server) error {
+	if n.Kind != pg.Segment && n.Kind != pg.Partial {
+		return nil
+	}
+	e, err := r.Expiry(ctx, a)
+	if err != nil || e.Number == 0 {
+		return err
+	}
+	at, err := n.Start(s.SegmentSize)
+	if err != nil || at >= e.Floor(n.Timeline) {
+		return err
+	}
+	return fail.Hint(fmt.Errorf("%w; all segments of timeline %d from %v on are kept: %w", errLetGo, n.Timeline, e.Floor(n.Timeline), fail.Unreachable),
+		"an older backup leads to its own end only: restore it with --immediate, or a newer one to the moment that is wanted; pgkeep windows shows what leads where")
 }
 
 // maxProof is how many files, at most, are listed to say how far the log goes on

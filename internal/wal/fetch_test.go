@@ -277,3 +277,28 @@ func TestWhatACrashLeftInPgWalIsRemoved(t *testing.T) {
 		}
 	}
 }
+
+// A segment that retention let go was written, and is missing for good: that is
+// neither the end of the log nor a hole to wait for.
+func TestC9WhatWasLetGoIsNotTheEndOfTheLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := archived(t, seg+"41", seg+"42", seg+"45")
+		r, err := repo.Open(ctx, a.Store, access(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		archives, err := r.Archives(ctx, "main")
+		if err != nil || len(archives) != 1 {
+			t.Fatal(archives, err)
+		}
+		if _, err := r.RaiseFloors(ctx, archives[0], []repo.Floor{{Timeline: 1, From: 0x45 << 20}}, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+		for name, want := range map[string]error{"42": nil, "43": fail.Unreachable, "45": nil, "46": wal.ErrAbsent} {
+			took, err := fetch(t, a.fetcher(t, serverDir(t)), seg+name)
+			if !errors.Is(err, want) || took > 5*time.Second {
+				t.Errorf("%s: %v after %v, want %v at once", name, err, took, want)
+			}
+		}
+	})
+}
