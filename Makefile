@@ -45,6 +45,8 @@ chaos: setup ## the campaigns that make test runs a little of: kills everywhere,
 	go test -timeout 0 -v -run 'Histories|Damage|Memory' ./internal/repo -histories 1500 -damages 1500 -scale 50
 	go test -timeout 0 -v -run 'EveryTarget|NoDamage' ./internal/restore -targets 300 -mutations 300
 	PGKEEP_TEST_KILLS=all go test -timeout 0 -v -run 'Kill' ./cmd/pgkeep-wal -kill-everywhere
+	go test -timeout 0 -v ./internal/retention -histories 1000000
+	PGKEEP_TEST_EXPIRE_RUNS=1000 go test -timeout 0 -v ./internal/expire
 
 update: ## write the files that tests compare with the code
 	go test $$(grep -rlE --include='*_test.go' 'flag\.Bool\("update"' . | xargs -n1 dirname | sort -u) -update
