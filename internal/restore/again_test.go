@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 
@@ -26,8 +27,13 @@ func TestC10ADirectoryIsRestoredByOneAtATime(t *testing.T) {
 	other := p
 	met := false
 	held := map[string]int{}
+	var marker []byte
 	meet := func() {
 		met = true
+		var err error
+		if marker, err = os.ReadFile(filepath.Join(p.Dir, "pgkeep.restoring")); err != nil {
+			t.Error(err)
+		}
 		held = openDirs(t)
 		plan, err := other.Plan(t.Context())
 		if err == nil {
@@ -52,6 +58,10 @@ func TestC10ADirectoryIsRestoredByOneAtATime(t *testing.T) {
 		}
 	}
 	s.sound(p)
+	s.write("contended/data/pgkeep.restoring", string(marker)) // as if it had been cut off there
+	if _, err := p.Plan(t.Context()); !errors.Is(err, fail.NotEmpty) || !strings.Contains(fail.HintOf(err), "remove that file") {
+		t.Errorf("whole, but for the marker: %v; %s", err, fail.HintOf(err))
+	}
 
 	for what, change := range map[string]func(dir string) error{
 		"somebody's pg_control": func(dir string) error {

@@ -180,7 +180,7 @@ func TestC10ARestoreThatWasCutOffGoesOn(t *testing.T) {
 			cut++
 			other := p
 			other.Backup = first
-			if _, err := other.Plan(t.Context()); !errors.Is(err, fail.NotEmpty) {
+			if _, err := other.Plan(t.Context()); !errors.Is(err, fail.NotEmpty) || !strings.Contains(fail.HintOf(err), "name that backup to go on") {
 				t.Errorf("cut off at call %d, another backup goes into the same directory: %v", at, err)
 			}
 			if plan, err := p.Plan(t.Context()); err != nil || plan.State != restore.Unfinished {

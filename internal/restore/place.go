@@ -71,7 +71,8 @@ type marker struct {
 	System      pg.SystemID       `json:"system_id"`
 	Tablespaces map[string]string `json:"tablespaces,omitempty"` // by OID
 	ConfigDir   string            `json:"config_dir,omitempty"`
-	Run         string            `json:"run"` // of each attempt another
+	State       DirState          `json:"state"` // in which the directory was met
+	Run         string            `json:"run"`   // of each attempt another
 }
 
 // planPlaces looks at where things go, and refuses what is in the way.
@@ -208,7 +209,15 @@ func (p Physical) planDir(plan *PhysicalPlan) error {
 		}
 		return nil
 	case !p.Delta:
-		return fail.Hint(fmt.Errorf("restore: %s is not empty: %w", p.Dir, fail.NotEmpty), "give an empty directory, or --delta if it is an old data directory of this cluster that may be overwritten")
+		hint := "give an empty directory, or --delta if it is an old data directory of this cluster that may be overwritten"
+		switch {
+		case merr != nil:
+		case cerr == nil && have.State != Existing: // it had none when it began
+			hint = fmt.Sprintf("the restore of backup %s there has come to its end, and only %s was left: remove that file, and start the server", have.ID, markerFile)
+		case errors.Is(cerr, fs.ErrNotExist):
+			hint = fmt.Sprintf("a restore of backup %s was cut off there: name that backup to go on with it; or give --delta, or an empty directory", have.ID)
+		}
+		return fail.Hint(fmt.Errorf("restore: %s is not empty: %w", p.Dir, fail.NotEmpty), hint)
 	}
 	plan.State = Existing
 	system := have.System

@@ -138,7 +138,7 @@ func ignoreMissing(err error) error {
 // a data directory.
 func (r *run) begin() (err error) {
 	r.layout.spaces = make(map[string]*os.Root)
-	m := marker{Ref: r.plan.Backup, System: r.plan.resolved.Backup.System, Tablespaces: make(map[string]string), Run: rand.Text()}
+	m := marker{Ref: r.plan.Backup, System: r.plan.resolved.Backup.System, Tablespaces: make(map[string]string), State: r.plan.State, Run: rand.Text()}
 	for _, t := range r.plan.Tablespaces {
 		m.Tablespaces[t.OID] = t.To
 	}
