@@ -197,10 +197,7 @@ func expected(cfg *config.Config, cluster string) health.Policy {
 // printFindings is the answer of doctor and check. The error says that some are
 // critical.
 func (e *env) printFindings(command string, found []health.Finding, asJSON bool) error {
-	order := []health.Severity{health.Critical, health.Warning, health.Notice}
-	slices.SortStableFunc(found, func(a, b health.Finding) int {
-		return slices.Index(order, a.Severity) - slices.Index(order, b.Severity)
-	})
+	slices.SortStableFunc(found, health.BySeverity)
 	if asJSON {
 		err := printJSON(e.out, command, struct {
 			Findings []health.Finding `json:"findings"`

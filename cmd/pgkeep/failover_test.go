@@ -200,11 +200,19 @@ func TestFailoverHoleIsFilled(t *testing.T) {
 			t.Errorf("wal list does not say %q:\n%s", want, list)
 		}
 	}
+	p.fails(51, []string{"critical  wal-hole", "main: 5 files missing from the archive", "fix: pgkeep wal audit --fill --cluster main"}, "check", "--cluster", "main")
+	if page := p.ok("report", "--cluster", "main"); !strings.Contains(page, `<rect class="hole"`) {
+		t.Error("the report shows no hole")
+	}
 	out := p.ok("wal", "audit", "--fill", "--cluster", "main")
 	if n := strings.Count(out, "filled 00000001"); n != 5 || !strings.Contains(out, "no hole") {
 		t.Errorf("filled %d of 5:\n%s", n, out)
 	}
 	p.ok("wal", "audit", "--cluster", "main")
+	p.fails(0, []string{"warning   never-tested"}, "check", "--cluster", "main")
+	if page := p.ok("report", "--cluster", "main"); !strings.Contains(page, `<rect class="reach"`) || strings.Contains(page, `<rect class="hole"`) {
+		t.Error("the report does not show one window without a hole")
+	}
 	after := p.windows()
 	if before.Path != "[1]" || after.Path != "[1 2]" || before.From != after.From || before.To >= after.To || after.Archived == nil {
 		t.Errorf("windows were %+v, and are %+v", before, after)

@@ -58,7 +58,10 @@ func (b Bucket) Findings(deletes bool) []Finding {
 }
 
 func (b Bucket) findRules(f *findings) {
-	if b.RulesErr != nil {
+	switch {
+	case fail.KindOf(b.RulesErr) == fail.StoreDown: // told already
+		return
+	case b.RulesErr != nil:
 		f.add("rules-unknown", Notice, fixOf(b.RulesErr), "nobody here can tell whether the bucket removes objects by itself: %v", b.RulesErr)
 		return
 	}

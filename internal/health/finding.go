@@ -1,6 +1,9 @@
 package health
 
-import "fmt"
+import (
+	"fmt"
+	"slices"
+)
 
 // A Severity says how much a finding matters.
 type Severity string
@@ -18,6 +21,12 @@ type Finding struct {
 	Cluster  string   `json:"cluster,omitempty"` // "": it is not of one cluster
 	What     string   `json:"what"`
 	Fix      string   `json:"fix"` // a command or a setting
+}
+
+// BySeverity orders findings: what matters most comes first.
+func BySeverity(a, b Finding) int {
+	order := []Severity{Critical, Warning, Notice}
+	return slices.Index(order, a.Severity) - slices.Index(order, b.Severity)
 }
 
 // findings collects what is wrong with one cluster, or with what all share.

@@ -2,6 +2,7 @@ package health
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -21,7 +22,7 @@ type Policy struct {
 // DefaultAge is for clusters without schedules.
 const DefaultAge = 8 * 24 * time.Hour
 
-// Findings are what is wrong with what the repository holds.
+// Findings are what is wrong with what the repository holds, by severity.
 func (s Stored) Findings(p Policy, now time.Time) []Finding {
 	f := &findings{cluster: s.Cluster}
 	again := "pgkeep backup " + s.Cluster
@@ -55,6 +56,7 @@ func (s Stored) Findings(p Policy, now time.Time) []Finding {
 			f.add("backup-stuck", Critical, again, "backup %s cannot be used: the archive lacks segments between %v and %v", b.ID, b.Start, b.Stop)
 		}
 	}
+	slices.SortStableFunc(f.all, BySeverity)
 	return f.all
 }
 

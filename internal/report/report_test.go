@@ -244,3 +244,23 @@ func TestThePageSaysWhatIsNotKnown(t *testing.T) {
 		t.Error("a drawing of nothing")
 	}
 }
+
+// By the clocks of a server and of a store a hole may take no time; it shows all
+// the same.
+func TestAHoleIsNeverHidden(t *testing.T) {
+	f := facts()
+	shop := &f.Clusters[2]
+	a := shop.Archives[0]
+	a.Windows = a.Windows[:1]
+	a.Timelines = []audit.Timeline{{ID: 1, Ranges: []audit.Range{{From: a.Timelines[0].Ranges[0].From, To: a.Timelines[0].Ranges[0].To, First: begun, Last: a.Windows[0].Archived}}}}
+	shop.Archives = []audit.Report{a}
+	page := write(t, f)
+	if !strings.Contains(page, `<rect class="hole"`) || !strings.Contains(page, "No moment after "+a.Windows[0].Archived.Format("2006-01-02 15:04:05Z")) {
+		t.Error("the hole is not there")
+	}
+	a.Holes = nil
+	shop.Archives = []audit.Report{a}
+	if strings.Contains(write(t, f), `<rect class="hole"`) {
+		t.Error("a hole where there is none")
+	}
+}
