@@ -21,6 +21,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/audit"
 	"github.com/pgkeep/pgkeep/internal/backup"
 	"github.com/pgkeep/pgkeep/internal/expire"
+	"github.com/pgkeep/pgkeep/internal/notify"
 	"github.com/pgkeep/pgkeep/internal/proof"
 	"github.com/pgkeep/pgkeep/internal/restore"
 	"github.com/pgkeep/pgkeep/internal/store"
@@ -39,6 +40,7 @@ type Options struct {
 	Expirers  []*expire.Expirer                                                          // of the clusters that this host expires
 	Restore   func(context.Context, activities.RestoreRequest) (restore.Physical, error) // prepares a restore on this host; nil: none is served
 	Tests     *proof.Tester                                                              // of backups, on this host; nil: none are made
+	Notifier  *notify.Notifier                                                           // tells people how runs of this host's clusters end; nil: nobody
 	Store     store.Store                                                                // of the repository; nil: leftovers there are not looked for
 	Log       *slog.Logger
 
@@ -101,6 +103,8 @@ func Run(ctx context.Context, opt Options) error {
 		expiry.Expirers[x.Name] = x
 	}
 	local.RegisterActivityWithOptions(expiry, activity.RegisterOptions{})
+
+	local.RegisterActivityWithOptions(&activities.Teller{Notifier: opt.Notifier}, activity.RegisterOptions{})
 
 	workers := []sdk.Worker{shared, local}
 	for i, w := range workers {

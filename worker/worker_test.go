@@ -21,6 +21,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/cluster"
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/lab"
+	"github.com/pgkeep/pgkeep/internal/notify"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/seal"
 	"github.com/pgkeep/pgkeep/internal/store"
@@ -45,6 +46,7 @@ type rig struct {
 	client   client.Client
 	logical  *backup.Logical
 	repo     *repo.Repo
+	notifier *notify.Notifier
 }
 
 func setup(t *testing.T) *rig {
@@ -92,7 +94,7 @@ func (r *rig) serve(t *testing.T, grace time.Duration) (stop func()) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	done := make(chan error, 1)
 	go func() {
-		done <- worker.Run(ctx, worker.Options{Client: r.client, Namespace: r.temporal.Namespace, Host: "db1", Logical: []*backup.Logical{r.logical}, Audits: []*audit.Auditor{{Name: "main", Cluster: r.logical.Cluster, Open: r.logical.Open}}, Log: r.logical.Log, Grace: grace})
+		done <- worker.Run(ctx, worker.Options{Client: r.client, Namespace: r.temporal.Namespace, Host: "db1", Logical: []*backup.Logical{r.logical}, Audits: []*audit.Auditor{{Name: "main", Cluster: r.logical.Cluster, Open: r.logical.Open}}, Notifier: r.notifier, Log: r.logical.Log, Grace: grace})
 	}()
 	stopped := false
 	stop = func() {

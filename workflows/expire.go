@@ -29,7 +29,10 @@ type ExpireResult struct {
 // fails with fail.ExpireRefused rather than remove too much at once.
 func Expire(ctx workflow.Context, req ExpireRequest) (res ExpireResult, err error) {
 	b := newBoard(ctx, "Expiry of "+req.Cluster, "")
-	defer func() { err = b.end(ctx, err) }()
+	defer func() {
+		err = b.end(ctx, err)
+		b.tell(ctx, req.Host, req.Cluster, KindExpire, err)
+	}()
 
 	b.stage(ctx, "plan")
 	if err := do(ctx, expiring(req.Host, "what does nobody need?"), expiry.PlanExpire, activities.PlanExpireRequest{Cluster: req.Cluster, Confirm: req.Confirm}).Get(ctx, &res.PlanExpireResult); err != nil {

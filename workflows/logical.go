@@ -57,6 +57,7 @@ func LogicalBackup(ctx workflow.Context, req LogicalBackupRequest) (res LogicalB
 		if cerr := do(tidy, cleanup(req.Host, "remove the dump from the spool"), host.CleanUp, job).Get(tidy, nil); cerr != nil {
 			workflow.GetLogger(ctx).Warn("spool not cleaned; the worker will", "error", cerr)
 		}
+		b.tell(ctx, req.Host, req.Cluster, Logical, err)
 	}()
 
 	b.stage(ctx, "preflight")

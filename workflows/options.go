@@ -104,3 +104,11 @@ func cleanup(host, summary string) workflow.ActivityOptions {
 	opt.ScheduleToStartTimeout, opt.ScheduleToCloseTimeout = 0, 10*time.Minute
 	return opt
 }
+
+// telling is for news of a run that is over. Whoever waits for the next one must
+// not wait long for somebody's webhook.
+func telling(host, summary string) workflow.ActivityOptions {
+	opt := quick(host, summary)
+	opt.ScheduleToStartTimeout, opt.StartToCloseTimeout, opt.ScheduleToCloseTimeout = 2*time.Minute, time.Minute, 10*time.Minute
+	return opt
+}

@@ -40,7 +40,10 @@ func PhysicalBackup(ctx workflow.Context, req PhysicalBackupRequest) (res Physic
 	}
 	res.ID = job.ID
 	b := newBoard(ctx, "Physical backup of "+req.Cluster, job.ID)
-	defer func() { err = b.end(ctx, err) }()
+	defer func() {
+		err = b.end(ctx, err)
+		b.tell(ctx, req.Host, req.Cluster, Physical, err)
+	}()
 
 	b.stage(ctx, "preflight")
 	var seen activities.PreflightResult

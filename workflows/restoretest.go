@@ -48,6 +48,7 @@ func RestoreTest(ctx workflow.Context, req RestoreTestRequest) (res RestoreTestR
 		if cerr := do(tidy, cleanup(req.Host, "remove the sandbox"), tester.CleanUpTest, activities.TestRequest{Subject: res.Subject}).Get(tidy, nil); cerr != nil {
 			workflow.GetLogger(ctx).Warn("sandbox not removed; the worker will", "error", cerr)
 		}
+		b.tell(ctx, req.Host, req.Cluster, KindRestoreTest, err)
 	}()
 
 	b.stage(ctx, "plan")

@@ -44,7 +44,10 @@ type WALAuditResult struct {
 // PostgreSQL is down.
 func WALAudit(ctx workflow.Context, req WALAuditRequest) (res WALAuditResult, err error) {
 	b := newBoard(ctx, "WAL audit of "+req.Cluster, "")
-	defer func() { err = b.end(ctx, err) }()
+	defer func() {
+		err = b.end(ctx, err)
+		b.tell(ctx, req.Host, req.Cluster, KindWALAudit, err)
+	}()
 
 	var before WALAuditResult
 	if !req.Full && workflow.HasLastCompletionResult(ctx) {

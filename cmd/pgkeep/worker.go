@@ -88,6 +88,10 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 	if len(logical)+len(expirers) == 0 {
 		return config.Errorf("no cluster of host %s in the configuration: nothing to serve", cfg.Host)
 	}
+	notifier, err := open.Notifier(cfg.Notify)
+	if err != nil {
+		return err
+	}
 	measured, stop, err := serveMetrics(ctx, string(cfg.Metrics.Listen), metrics.Options{Clusters: audits, Log: log, Promised: promised})
 	if err != nil {
 		return err
@@ -100,7 +104,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 	defer s.Close()
 	measured.Connected(s.Client)
 	return worker.Run(ctx, worker.Options{Client: s.Client, Namespace: s.namespace, Host: string(cfg.Host), Logical: logical, Physical: physical, Audits: audits, Expirers: expirers,
-		Store: st, Log: log, Grace: grace, Tests: testerOf(cfg, st, access, log), Restore: func(ctx context.Context, q activities.RestoreRequest) (restore.Physical, error) {
+		Notifier: notifier, Store: st, Log: log, Grace: grace, Tests: testerOf(cfg, st, access, log), Restore: func(ctx context.Context, q activities.RestoreRequest) (restore.Physical, error) {
 			r, err := repo.Open(ctx, st, access)
 			if err != nil {
 				return restore.Physical{}, err

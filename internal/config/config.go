@@ -37,6 +37,8 @@ type Config struct {
 	Log Log `yaml:"log"`
 	// What `pgkeep worker` tells Prometheus.
 	Metrics Metrics `yaml:"metrics"`
+	// Who is told how the runs of this host's clusters end.
+	Notify Notify `yaml:"notify"`
 	// The PostgreSQL clusters to back up, by name. The name stands in object keys and workflow ids: lower-case letters, digits, `_` and `-`, at most 63 bytes.
 	Clusters map[Name]Cluster `yaml:"clusters"`
 	// What Temporal starts by itself; `pgkeep schedule apply` makes the server follow this list. At most one for each cluster and kind.
@@ -134,6 +136,33 @@ type Assertion struct {
 	Want Rows `yaml:"want"`
 	// How long the query may take.
 	Timeout time.Duration `yaml:"timeout" default:"1m"`
+}
+
+// Notify says who is told how backups, restore tests, audits and expiries end.
+// The addresses are secrets: whoever has one can speak in our name.
+type Notify struct {
+	// A file that holds the URL of a webhook, and nothing else. Others must not be able to read it. It gets a JSON object for each run, with a line of text that Slack and its like show.
+	WebhookFile Path `yaml:"webhook_file"`
+	// The URL itself, in place of the file.
+	Webhook Secret `yaml:"webhook"`
+	// Whether the webhook hears of runs that end well too, and not only of the others.
+	All bool `yaml:"all" default:"false"`
+	// A file that holds a URL that is asked for after each run that ends well, for a watch that raises the alarm when it hears nothing. In it, `{cluster}` and `{kind}` stand for those of the run: `https://watch.example/KEY/{cluster}-{kind}`.
+	PingFile Path `yaml:"ping_file"`
+	// The URL itself, in place of the file.
+	Ping Secret `yaml:"ping"`
+}
+
+// Addresses returns the URLs; empty ones are not set.
+func (n Notify) Addresses() (webhook, ping Secret, err error) {
+	webhook, ping = n.Webhook, n.Ping
+	if webhook.value == "" && n.WebhookFile != "" {
+		webhook, err = ReadSecret(string(n.WebhookFile))
+	}
+	if err == nil && ping.value == "" && n.PingFile != "" {
+		ping, err = ReadSecret(string(n.PingFile))
+	}
+	return webhook, ping, err
 }
 
 // Log says how much to log, and how it looks.

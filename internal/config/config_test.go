@@ -343,6 +343,8 @@ restore_test:
 log:
   level: info # default
   format: text # default
+notify:
+  all: false # default
 clusters:
   "1":
     conninfo: host=x # pgkeep.yaml:6

@@ -16,6 +16,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/cluster"
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/notify"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/seal"
 	"github.com/pgkeep/pgkeep/internal/store"
@@ -158,4 +159,20 @@ func Physical(c *config.Config, name string, st store.Store, a repo.Access, log 
 		Open:    func(ctx context.Context) (*repo.Repo, error) { return repo.Open(ctx, st, a) },
 		Readers: s.Readers, SpreadCheckpoint: s.SpreadCheckpoint, WALWait: s.WALWait,
 		Pace: backup.Pace{Rate: int64(s.Rate), MaxLag: int64(s.MaxStandbyLag), MaxLatency: s.MaxReadLatency}}, nil
+}
+
+// Notifier returns who tells people how runs end; nil if there is nobody to tell.
+func Notifier(c config.Notify) (*notify.Notifier, error) {
+	webhook, ping, err := c.Addresses()
+	if err != nil {
+		return nil, fmt.Errorf("notify: %w", err)
+	}
+	if webhook.Reveal() == "" && ping.Reveal() == "" {
+		return nil, nil
+	}
+	n, err := notify.New(webhook.Reveal(), ping.Reveal(), c.All)
+	if err != nil {
+		return nil, fmt.Errorf("notify: %w", err)
+	}
+	return n, nil
 }

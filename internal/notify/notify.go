@@ -1,0 +1,171 @@
+// Package notify tells people how runs end: a webhook of theirs, and a watch
+// that raises the alarm when it hears nothing. The URLs are secrets, and stand in
+// no error.
+package notify
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/pgkeep/pgkeep/internal/fail"
+)
+
+// A Notice is what there is to tell about a run. As JSON it is the body that a
+// webhook gets, with "text" and "schema" beside it.
+type Notice struct {
+	Cluster string    `json:"cluster"`
+	Kind    string    `json:"kind"` // physical, logical, restore-test, wal-audit or expire
+	Host    string    `json:"host"`
+	Backup  string    `json:"backup,omitempty"`
+	Outcome Outcome   `json:"outcome"`
+	Stage   string    `json:"stage,omitempty"`   // during which it failed
+	Failure string    `json:"failure,omitempty"` // what happened, and its kind
+	Reason  fail.Kind `json:"reason,omitempty"`
+	Run     string    `json:"run"` // workflow id and run id, with a slash between
+	Ended   time.Time `json:"ended"`
+}
+
+// An Outcome is how a run ended.
+type Outcome string
+
+const (
+	Done      Outcome = "done"
+	Failed    Outcome = "failed"
+	Cancelled Outcome = "cancelled"
+)
+
+// Text is the notice for people: one line.
+func (n Notice) Text() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "pgkeep: %s of %s on %s %s", what(n.Kind), n.Cluster, n.Host, n.Outcome)
+	if n.Stage != "" && n.Outcome != Done {
+		fmt.Fprintf(&b, " during %s", n.Stage)
+	}
+	if n.Failure != "" {
+		b.WriteString(": " + strings.ReplaceAll(n.Failure, "\n", "; "))
+	}
+	if n.Backup != "" {
+		fmt.Fprintf(&b, " (%s)", n.Backup)
+	}
+	return b.String()
+}
+
+func what(kind string) string {
+	switch kind {
+	case "physical", "logical":
+		return kind + " backup"
+	case "wal-audit":
+		return "audit of the archive"
+	}
+	return kind
+}
+
+// A Notifier knows whom to tell. Nil tells nobody.
+type Notifier struct {
+	webhook, ping string
+	all           bool
+	client        *http.Client
+}
+
+// New makes a Notifier. The webhook, if it is not "", hears of every run that
+// does not end well; with all, of the others too. The ping, if it is not "", is
+// asked for after every run that ends well, with its {cluster} and {kind} filled
+// in. An address that is none is fail.BadConfig.
+func New(webhook, ping string, all bool) (*Notifier, error) {
+	for what, address := range map[string]string{"webhook": webhook, "ping": ping} {
+		u, err := url.Parse(strings.NewReplacer("{cluster}", "c", "{kind}", "k").Replace(address))
+		if address != "" && (err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "") {
+			return nil, fmt.Errorf("the %s is no http or https URL: %w", what, fail.BadConfig) // which is not shown
+		}
+	}
+	return &Notifier{webhook: webhook, ping: ping, all: all, client: &http.Client{
+		Timeout:       15 * time.Second,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }, // the address is for nobody else
+	}}, nil
+}
+
+// GoString hides the addresses, as String does.
+func (n *Notifier) GoString() string { return "notify.Notifier" }
+
+// String hides the addresses.
+func (n *Notifier) String() string { return "notify.Notifier" }
+
+// Tell tells whoever is to hear of it. An error that another try does not mend is
+// of kind fail.BadConfig. Who was told is told again by another call.
+func (n *Notifier) Tell(ctx context.Context, about Notice) error {
+	if n == nil {
+		return nil
+	}
+	var errs []error
+	if n.webhook != "" && (n.all || about.Outcome != Done) {
+		body, err := json.Marshal(struct {
+			Text   string `json:"text"`
+			Schema string `json:"schema"`
+			Notice
+		}{about.Text(), "pgkeep.notice/1", about})
+		if err == nil {
+			err = n.send(ctx, http.MethodPost, n.webhook, body)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("call the webhook: %w", err))
+		}
+	}
+	if n.ping != "" && about.Outcome == Done {
+		address := strings.NewReplacer("{cluster}", url.PathEscape(about.Cluster), "{kind}", url.PathEscape(about.Kind)).Replace(n.ping)
+		if err := n.send(ctx, http.MethodGet, address, nil); err != nil {
+			errs = append(errs, fmt.Errorf("ping the watch: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (n *Notifier) send(ctx context.Context, method, address string, body []byte) error {
+	req, err := http.NewRequestWithContext(ctx, method, address, bytes.NewReader(body))
+	if err != nil {
+		return fmt.Errorf("the address is no URL: %w", fail.BadConfig)
+	}
+	req.Header.Set("User-Agent", "pgkeep")
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	resp, err := n.client.Do(req)
+	if wrapped, ok := errors.AsType[*url.Error](err); ok {
+		err = wrapped.Err // the rest is the address
+	}
+	if err != nil {
+		return hidden(err)
+	}
+	defer resp.Body.Close()
+	io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10)) // so that the connection can be used again
+	switch code := resp.StatusCode; {
+	case code >= 200 && code < 300:
+		return nil
+	case code >= 500, code == http.StatusRequestTimeout, code == http.StatusTooManyRequests:
+		return fmt.Errorf("status %d", code)
+	default:
+		return fmt.Errorf("status %d: %w", code, fail.BadConfig)
+	}
+}
+
+// hidden says what went wrong on the way without the name of who was called.
+func hidden(err error) error {
+	switch {
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+		return err
+	}
+	if t, ok := errors.AsType[interface {
+		error
+		Timeout() bool
+	}](err); ok && t.Timeout() {
+		return errors.New("no answer in time")
+	}
+	return errors.New("no connection")
+}
