@@ -26,16 +26,23 @@ func initCommand(e *env) *cli.Command {
 		Description: "Says what it made and what it found. Run it at any time: what is there is kept.\n\n" + examples(
 			"pgkeep init", "for keys.recipients",
 			"pgkeep init --new-identity operator.key", "and for a new identity",
-			"pgkeep init --sql main", "only print the SQL for the role of a cluster"),
+			"pgkeep init --sql main", "only print the SQL for the role of a cluster",
+			"pgkeep init --systemd --output /etc/systemd/system", "only write the service files"),
 		ArgsUsage: "[CLUSTER]",
 		Flags: []cli.Flag{
 			newIdentityFlag(),
 			boolFlag("sql", "make nothing: print the SQL that makes the role of CLUSTER, with the rights it needs"),
 			&cli.StringFlag{Name: "kind", Usage: "with --sql: for backups of `KIND`, physical or logical, in place of what the schedules need"},
+			boolFlag("systemd", "make nothing: print the service files of worker and server"),
+			&cli.PathFlag{Name: "output", Usage: "with --systemd: write them into `DIR`"},
 			jsonFlag(),
 		},
 		Action: func(c *cli.Context) error {
 			switch {
+			case c.Bool("systemd") && c.NArg() == 0 && !c.Bool("sql"):
+				return e.initSystemd(c.Path("output"))
+			case c.Bool("systemd"), c.IsSet("output"):
+				return config.Errorf("--systemd goes alone, but for --output, which goes with it")
 			case c.Bool("sql"):
 				return e.initSQL(c.Args().First(), c.String("kind"))
 			case c.NArg() > 0 || c.IsSet("kind"):
