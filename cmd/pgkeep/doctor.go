@@ -51,7 +51,7 @@ func (e *env) doctor(ctx context.Context, only string, asJSON bool) error {
 	if err != nil {
 		return err
 	}
-	found := bucket.Findings(expires(cfg))
+	found := bucket.Findings(health.Part{Writes: len(writes(cfg)) > 0, Deletes: expires(cfg)})
 	schedules, noSchedules := e.schedules(ctx)
 	if noSchedules != nil {
 		found = append(found, health.Finding{Name: string(fail.TemporalDown), Severity: health.Warning, What: "nothing is known of schedules: " + oneLine(noSchedules.Error()), Fix: fail.HintOf(noSchedules)})
@@ -87,6 +87,16 @@ func (e *env) doctor(ctx context.Context, only string, asJSON bool) error {
 	return e.printFindings("doctor", found, asJSON)
 }
 
+// writes are the clusters that this host takes backups of.
+func writes(cfg *config.Config) (names []string) {
+	for _, name := range slices.Sorted(maps.Keys(cfg.Clusters)) {
+		if host := cfg.Clusters[name].Host; host == "" || host == cfg.Host {
+			names = append(names, string(name))
+		}
+	}
+	return names
+}
+
 // expires reports whether this host is to remove what is not needed any more.
 func expires(cfg *config.Config) bool {
 	for _, c := range cfg.Clusters {
@@ -110,11 +120,14 @@ func (e *env) askBucket(ctx context.Context, cfg *config.Config) (b health.Bucke
 	if err != nil {
 		return b, nil, err
 	}
-	key := "probe/" + string(cfg.Host)
-	if names := slices.Sorted(maps.Keys(cfg.Clusters)); len(names) > 0 { // where policies let this host write
-		key = "clusters/" + string(names[0]) + "/backups/probe-" + string(cfg.Host)
+	keys := []string{"probe/" + string(cfg.Host)}
+	if names := slices.Sorted(maps.Keys(cfg.Clusters)); len(names) > 0 { // where policies let somebody write
+		keys = []string{"clusters/" + string(names[0]) + "/wal/probe/" + string(cfg.Host)}
 	}
-	b = health.AskBucket(ctx, st, access, key)
+	for _, name := range writes(cfg) {
+		keys = append(keys, "clusters/"+name+"/packs/probe/"+string(cfg.Host))
+	}
+	b = health.AskBucket(ctx, st, access, keys...)
 	b.Wanted = cfg.Keys.Recipients
 	if b.Err == nil {
 		r, b.Err = repo.Open(ctx, st, access)

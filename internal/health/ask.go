@@ -46,9 +46,9 @@ func AskServer(ctx context.Context, name string, c cluster.Cluster, d Duty) Serv
 }
 
 // AskBucket finds out what the place of a repository lets us do and does by
-// itself, with an object under key, and which keys open the repository.
-func AskBucket(ctx context.Context, st store.Store, a repo.Access, key string) Bucket {
-	b := Bucket{Rights: store.Try(ctx, st, key, time.Now), Identity: len(a.Identities) > 0}
+// itself, with an object under each of keys, and which identities open it.
+func AskBucket(ctx context.Context, st store.Store, a repo.Access, keys ...string) Bucket {
+	b := Bucket{Rights: store.Try(ctx, st, time.Now, keys...), Identity: len(a.Identities) > 0}
 	if ruled, ok := st.(store.Ruled); ok {
 		b.Ruled = true
 		b.Rules, b.Versioned, b.RulesErr = ruled.Rules(ctx)

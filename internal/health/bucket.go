@@ -26,9 +26,14 @@ type Bucket struct {
 	Wanted    []string        // recipients that the configuration names
 }
 
-// Findings are what is wrong with the place of a repository. deletes: this host
-// is to remove what is not needed any more.
-func (b Bucket) Findings(deletes bool) []Finding {
+// A Part is what a host has to do with a repository, besides reading it.
+type Part struct {
+	Writes  bool // backups, or log
+	Deletes bool // it removes what is not needed any more
+}
+
+// Findings are what is wrong with the place of a repository, for a host.
+func (b Bucket) Findings(p Part) []Finding {
 	f := new(findings)
 	down := false
 	for _, r := range []struct {
@@ -37,7 +42,9 @@ func (b Bucket) Findings(deletes bool) []Finding {
 	}{{"write", b.Put}, {"read", b.Get}, {"list", b.List}, {"delete", b.Delete}} {
 		kind := fail.KindOf(r.err)
 		switch {
-		case r.err == nil || down || r.what == "delete" && kind == fail.StoreDenied && !deletes:
+		case r.err == nil || down:
+			continue
+		case kind == fail.StoreDenied && (r.what == "write" && !p.Writes || r.what == "delete" && !p.Deletes): // as it should be
 			continue
 		case kind != fail.StoreDenied: // the same for each
 			down = true
@@ -62,7 +69,7 @@ func (b Bucket) findRules(f *findings) {
 	case fail.KindOf(b.RulesErr) == fail.StoreDown: // told already
 		return
 	case b.RulesErr != nil:
-		f.add("rules-unknown", Notice, fixOf(b.RulesErr), "nobody here can tell whether the bucket removes objects by itself: %v", b.RulesErr)
+		f.add("rules-unknown", Notice, "pgkeep bucket show, with credentials that may read the bucket's settings", "nobody here can tell whether the bucket removes objects by itself: %v", b.RulesErr)
 		return
 	}
 	for _, r := range b.Rules {
@@ -75,7 +82,7 @@ func (b Bucket) findRules(f *findings) {
 		}
 	}
 	if b.Ruled && !b.Versioned && b.Put == nil {
-		f.add("versioning-off", Notice, "turn on versioning of the bucket, with a rule that removes versions that are not current after some days", "what somebody deletes from the bucket is gone: it keeps no versions")
+		f.add("versioning-off", Notice, "turn on versioning of the bucket; pgkeep bucket suggest prints what goes with it", "what somebody deletes from the bucket is gone: it keeps no versions")
 	}
 }
 

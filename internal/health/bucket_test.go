@@ -4,10 +4,12 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"io"
 	"iter"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -20,7 +22,10 @@ import (
 	"time"
 
 	"filippo.io/age"
+	"github.com/aws/aws-sdk-go-v2/aws"
+	awss3 "github.com/aws/aws-sdk-go-v2/service/s3"
 
+	"github.com/pgkeep/pgkeep/internal/bucket"
 	"github.com/pgkeep/pgkeep/internal/health"
 	"github.com/pgkeep/pgkeep/internal/lab"
 	"github.com/pgkeep/pgkeep/internal/repo"
@@ -29,7 +34,12 @@ import (
 	"github.com/pgkeep/pgkeep/internal/store/s3"
 )
 
-const probe = "clusters/main/backups/probe-db1"
+const probe = "clusters/main/wal/probe/db1"
+
+var (
+	writes = health.Part{Writes: true}
+	cleans = health.Part{Writes: true, Deletes: true}
+)
 
 // A gate stands before a real S3 server, and answers in its place what that
 // server has no settings for: refusals, and rules of the bucket.
@@ -55,6 +65,7 @@ func newGate(t *testing.T, behind *lab.S3) *gate {
 			r.Out.URL.Scheme, r.Out.URL.Host, r.Out.Host = target.Scheme, target.Host, r.In.Host
 		},
 		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: authorities}},
+		ErrorLog:  log.New(io.Discard, "", 0),
 	}
 	t.Cleanup(proxy.Transport.(*http.Transport).CloseIdleConnections)
 	g.Server = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -126,7 +137,7 @@ func TestBucketFindings(t *testing.T) {
 	g := newGate(t, behind)
 	st := g.bucket(t, behind)
 	a, second := access(t), identity(t)
-	ask := func() []health.Finding { return health.AskBucket(t.Context(), st, a, probe).Findings(false) }
+	ask := func() []health.Finding { return health.AskBucket(t.Context(), st, a, probe).Findings(writes) }
 
 	f, ok := find(ask(), "repository")
 	if !ok || f.Severity != health.Critical {
@@ -157,7 +168,7 @@ func TestBucketFindings(t *testing.T) {
 	}
 	for name, of := range map[string]func(r *http.Request) bool{
 		"store-write": func(r *http.Request) bool { return has(r, "PUT", "") },
-		"store-read":  func(r *http.Request) bool { return has(r, "GET", "") && strings.Contains(r.URL.Path, "/probe-") },
+		"store-read":  func(r *http.Request) bool { return has(r, "GET", "") && strings.Contains(r.URL.Path, "/probe/") },
 		"store-list":  func(r *http.Request) bool { return has(r, "GET", "list-type") },
 	} {
 		refuse(of)
@@ -174,15 +185,15 @@ func TestBucketFindings(t *testing.T) {
 	refuse(func(r *http.Request) bool { return has(r, "POST", "delete") || r.Method == "DELETE" })
 	for range 2 { // the object stays, and is found the next time
 		b := health.AskBucket(t.Context(), st, a, probe)
-		if got := names(b.Findings(false)); !slices.Equal(got, well) {
+		if got := names(b.Findings(writes)); !slices.Equal(got, well) {
 			t.Errorf("of a bucket that does not let us delete: %q", got)
 		}
-		if _, ok := find(b.Findings(true), "store-delete"); !ok {
+		if _, ok := find(b.Findings(cleans), "store-delete"); !ok {
 			t.Error("one who is to delete is not told that he may not")
 		}
 	}
 	refuse(func(r *http.Request) bool { return has(r, "GET", "lifecycle") })
-	if f, ok := find(ask(), "rules-unknown"); !ok || f.Severity != health.Notice || !strings.Contains(f.Fix, "s3:GetLifecycleConfiguration") {
+	if f, ok := find(ask(), "rules-unknown"); !ok || f.Severity != health.Notice || !strings.Contains(f.What, "lifecycle") || !strings.Contains(f.Fix, "pgkeep bucket show") {
 		t.Errorf("of rules that cannot be read: %+v", f)
 	}
 
@@ -228,6 +239,79 @@ func TestBucketFindings(t *testing.T) {
 	}
 }
 
+// The policies that pgkeep bucket suggest prints are what each role needs, in a
+// real store that keeps versions; what another role lacks is found.
+func TestFindingsOfRoles(t *testing.T) {
+	t.Parallel()
+	users := make(map[string]string)
+	for _, r := range bucket.Roles() {
+		users[string(r)] = "secret of " + string(r)
+	}
+	server, err := lab.StartS3(t.Context(), lab.S3Options{Users: users, Versions: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { server.Stop() })
+	t.Cleanup(server.Kill)
+	root, done, err := server.API(server.AccessKeyID, server.SecretAccessKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(done)
+	layout := bucket.Layout{Bucket: server.Bucket, Prefix: "prod", Clusters: []string{"main"}, Basic: true}
+	var policy bucket.Policy
+	for _, r := range bucket.Roles() {
+		one := layout.Role(r, string(r))
+		policy.Version = one.Version
+		policy.Statement = append(policy.Statement, one.Statement...)
+	}
+	text, err := json.Marshal(policy)
+	if err == nil {
+		_, err = root.PutBucketPolicy(t.Context(), &awss3.PutBucketPolicyInput{Bucket: &server.Bucket, Policy: aws.String(string(text))})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := access(t)
+	as := func(key, secret string) store.Store {
+		t.Helper()
+		b, err := s3.Open(t.Context(), s3.Options{Bucket: server.Bucket, Prefix: "prod", Endpoint: server.Endpoint, Region: server.Region, PathStyle: true, CAFile: server.CAFile,
+			AccessKeyID: key, SecretAccessKey: secret})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { b.Close() })
+		return b
+	}
+	owner := as(server.AccessKeyID, server.SecretAccessKey)
+	if _, _, err := repo.Init(t.Context(), owner, a, []string{identity(t).Recipient().String(), identity(t).Recipient().String()}, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	const pack = "clusters/main/packs/probe/db1"
+	for _, c := range []struct {
+		role bucket.Role
+		part health.Part
+		keys []string
+		want []string
+	}{
+		{bucket.Archiver, writes, []string{probe}, []string{"rules-unknown"}},
+		{bucket.Archiver, writes, []string{probe, pack}, []string{"store-write", "store-read", "store-list", "rules-unknown"}},
+		{bucket.Backup, writes, []string{probe, pack}, []string{"rules-unknown"}},
+		{bucket.Backup, cleans, []string{probe, pack}, []string{"store-delete", "rules-unknown"}},
+		{bucket.Restore, health.Part{}, []string{probe, pack}, []string{"rules-unknown"}},
+		{bucket.Restore, writes, []string{probe, pack}, []string{"store-write", "rules-unknown"}},
+		{bucket.Expirer, health.Part{Deletes: true}, []string{probe, pack}, []string{"rules-unknown"}},
+	} {
+		found := health.AskBucket(t.Context(), as(string(c.role), users[string(c.role)]), a, c.keys...).Findings(c.part)
+		if got := names(found); !slices.Equal(got, c.want) {
+			t.Errorf("as %s, for %+v: found %q, want %q:\n%+v", c.role, c.part, got, c.want, found)
+		}
+	}
+	if found := health.AskBucket(t.Context(), owner, a, probe, pack).Findings(cleans); len(found) > 0 {
+		t.Errorf("as the owner: %+v", found)
+	}
+}
+
 // A forgetful store replaces objects, and its clock is wrong.
 type forgetful struct {
 	*store.Mem
@@ -255,11 +339,11 @@ func TestFindingsOfAnUnfitStore(t *testing.T) {
 	if _, _, err := repo.Init(t.Context(), mem, a, nil, time.Now()); err != nil {
 		t.Fatal(err)
 	}
-	found := health.AskBucket(t.Context(), forgetful{mem, -10 * time.Minute}, a, probe).Findings(true)
+	found := health.AskBucket(t.Context(), forgetful{mem, -10 * time.Minute}, a, probe).Findings(cleans)
 	if got := names(found); !slices.Equal(got, []string{"store-unfit", "clock-skew", "encryption-off"}) || found[1].Severity != health.Critical || found[2].Severity != health.Warning {
 		t.Errorf("found %+v", found)
 	}
-	if got := names(health.AskBucket(t.Context(), mem, a, probe).Findings(true)); !slices.Equal(got, []string{"encryption-off"}) {
+	if got := names(health.AskBucket(t.Context(), mem, a, probe).Findings(cleans)); !slices.Equal(got, []string{"encryption-off"}) {
 		t.Errorf("of a good one: %q", got)
 	}
 }
@@ -273,7 +357,7 @@ func TestKeyFindings(t *testing.T) {
 	ask := func() []health.Finding {
 		b := health.AskBucket(t.Context(), mem, a, probe)
 		b.Wanted = []string{first.Recipient().String(), second.Recipient().String()}
-		return b.Findings(false)
+		return b.Findings(writes)
 	}
 	a.Identities = []age.Identity{identity(t)} // of somebody else
 	found := ask()
@@ -293,7 +377,7 @@ func TestKeyFindings(t *testing.T) {
 	}
 	// Nobody makes such a key; but somebody may have.
 	b := health.Bucket{Encrypted: true, Keys: []repo.KeyCheck{{Epoch: 1}}}
-	if f, ok := find(b.Findings(false), "key-nobody"); !ok || f.Severity != health.Critical {
-		t.Errorf("of a key that nobody opens: %+v", b.Findings(false))
+	if f, ok := find(b.Findings(writes), "key-nobody"); !ok || f.Severity != health.Critical {
+		t.Errorf("of a key that nobody opens: %+v", b.Findings(writes))
 	}
 }

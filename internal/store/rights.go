@@ -3,8 +3,10 @@ package store
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 )
 
@@ -20,8 +22,32 @@ type Rights struct {
 }
 
 // Try finds out what st lets us do, each thing by itself, with a small object
-// under key. If it may not be deleted it stays, and the next Try finds it.
-func Try(ctx context.Context, st Store, key string, now func() time.Time) (r Rights) {
+// under each of keys: what one of them does not allow is not allowed. If it may
+// not be deleted it stays, and the next Try finds it.
+func Try(ctx context.Context, st Store, now func() time.Time, keys ...string) (all Rights) {
+	first := func(a, b error) error {
+		if a != nil {
+			return a
+		}
+		return b
+	}
+	for _, key := range keys {
+		r, marked := try(ctx, st, key, now)
+		if marked {
+			r, _ = try(ctx, st, key+"-"+strings.ToLower(rand.Text()), now)
+		}
+		all.Put, all.Get, all.List, all.Delete = first(all.Put, r.Put), first(all.Get, r.Get), first(all.List, r.List), first(all.Delete, r.Delete)
+		all.Replaced = all.Replaced || r.Replaced
+		if r.Skew.Abs() > all.Skew.Abs() {
+			all.Skew = r.Skew
+		}
+	}
+	return all
+}
+
+// try tries one key. It is marked if it was deleted, and the store, which keeps
+// versions, takes the mark of that for an object.
+func try(ctx context.Context, st Store, key string, now func() time.Time) (r Rights, marked bool) {
 	content, other := []byte("pgkeep tries what it may do here\n"), []byte("and this must not replace it\n")
 	began := now()
 	r.Put = st.Put(ctx, key, bytes.NewReader(content), PutOptions{IfAbsent: true})
@@ -38,6 +64,9 @@ func Try(ctx context.Context, st Store, key string, now func() time.Time) (r Rig
 		}
 	}
 	_, r.Get = ReadAll(ctx, st, key, Range{})
+	if !fresh && r.Put == nil && errors.Is(r.Get, ErrNotExist) {
+		return r, true
+	}
 	if r.Put != nil && errors.Is(r.Get, ErrNotExist) { // we may read that there is nothing
 		r.Get = nil
 	}
@@ -58,7 +87,7 @@ func Try(ctx context.Context, st Store, key string, now func() time.Time) (r Rig
 		r.List = fmt.Errorf("list %s: what was just written is not there", key)
 	}
 	r.Delete = st.Delete(ctx, key)
-	return r
+	return r, false
 }
 
 // skew is how far at is outside of an interval, to the second that clocks of

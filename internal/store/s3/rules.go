@@ -2,12 +2,13 @@ package s3
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
-	"github.com/aws/aws-sdk-go-v2/service/s3"
 	"github.com/aws/aws-sdk-go-v2/service/s3/types"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
@@ -16,48 +17,31 @@ import (
 
 var _ store.Ruled = (*Bucket)(nil)
 
-const (
-	getLifecycle  right = "s3:GetLifecycleConfiguration"
-	getVersioning right = "s3:GetBucketVersioning"
-)
-
 // Rules returns the lifecycle rules of the bucket that concern objects below the
 // prefix. See the S3 User Guide, "Managing the lifecycle of objects".
 func (b *Bucket) Rules(ctx context.Context) (rules []store.Rule, versioned bool, err error) {
-	var lifecycle *s3.GetBucketLifecycleConfigurationOutput
-	err = b.try(ctx, getLifecycle, func() (err error) {
-		w := b.watch(ctx)
-		defer w.stop()
-		lifecycle, err = b.api.GetBucketLifecycleConfiguration(w, &s3.GetBucketLifecycleConfigurationInput{Bucket: &b.bucket})
-		if isCode(err, "NoSuchLifecycleConfiguration") {
-			return nil
-		}
-		return w.why(err)
-	})
-	if err != nil && !errors.Is(err, fail.StoreUnfit) { // a service without rules
-		return nil, false, fmt.Errorf("read the lifecycle rules: %w", err)
-	}
-	if lifecycle != nil && err == nil {
-		for _, r := range lifecycle.Rules {
-			if one, ok := b.rule(r); ok {
-				rules = append(rules, one)
-			}
-		}
-	}
-	var out *s3.GetBucketVersioningOutput
-	err = b.try(ctx, getVersioning, func() (err error) {
-		w := b.watch(ctx)
-		defer w.stop()
-		out, err = b.api.GetBucketVersioning(w, &s3.GetBucketVersioningInput{Bucket: &b.bucket})
-		return w.why(err)
-	})
-	if errors.Is(err, fail.StoreUnfit) {
-		return rules, false, nil
-	}
+	all, err := b.Settings(ctx)
 	if err != nil {
-		return rules, false, fmt.Errorf("read whether the bucket keeps versions: %w", err)
+		return nil, false, err
 	}
-	return rules, out.Status == types.BucketVersioningStatusEnabled, nil
+	var versioning struct{ Status types.BucketVersioningStatus }
+	var lifecycle struct{ Rules []types.LifecycleRule }
+	for name, to := range map[string]any{"versioning": &versioning, "lifecycle": &lifecycle} {
+		i := slices.IndexFunc(all, func(s Setting) bool { return s.Name == name })
+		err := all[i].Err
+		if err == nil && all[i].Value != nil {
+			err = json.Unmarshal(all[i].Value, to)
+		}
+		if err != nil && !errors.Is(err, fail.StoreUnfit) { // such a service has none
+			return nil, false, fmt.Errorf("read the %s of the bucket: %w", name, err)
+		}
+	}
+	for _, r := range lifecycle.Rules {
+		if one, ok := b.rule(r); ok {
+			rules = append(rules, one)
+		}
+	}
+	return rules, versioning.Status == types.BucketVersioningStatusEnabled, nil
 }
 
 // rule is what r does with our objects; false if that is nothing.
