@@ -51,7 +51,7 @@ func find(found []health.Finding, name string) (health.Finding, bool) {
 // what it is told in its own time.
 func eventually(t *testing.T, name string, there bool, ask func() []health.Finding) health.Finding {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	again := time.NewTicker(20 * time.Millisecond)
 	defer again.Stop()

@@ -298,8 +298,8 @@ func (c Cluster) plots() (all []plot) {
 	}{
 		{"Restore took (RTO)", rto, seconds},
 		{"Restore lost (RPO)", rpo, seconds},
-		{"A backup stores", sizes, bytes},
-		{"Log written a day", c.rates(), bytes},
+		{"Stored size", sizes, bytes},
+		{"Log per day", c.rates(), bytes},
 	} {
 		if p, ok := draw(of.title, of.points, of.show); ok {
 			all = append(all, p)
