@@ -75,7 +75,7 @@ func TestExpireOnSchedule(t *testing.T) {
 	}
 	served, stop := context.WithCancel(context.WithoutCancel(ctx))
 	done := make(chan error, 1)
-	x := &expire.Expirer{Name: "main", Policy: retention.Policy{Daily: 2, Min: 1}, Grace: time.Hour, Open: func(context.Context) (*repo.Repo, error) { return r, nil }}
+	x := &expire.Expirer{Name: "main", Policy: retention.Policy{Daily: 2, Min: 1, Grace: time.Hour}, Open: func(context.Context) (*repo.Repo, error) { return r, nil }}
 	go func() {
 		done <- worker.Run(served, worker.Options{Client: c, Namespace: temporal.Namespace, Host: "store1", Expirers: []*expire.Expirer{x}, Log: quiet, Grace: time.Second})
 	}()

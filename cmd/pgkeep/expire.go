@@ -49,8 +49,8 @@ type expireOptions struct {
 // expirer is what expires a cluster as the configuration says.
 func expirer(cfg *config.Config, name string, open func(context.Context) (*repo.Repo, error)) *expire.Expirer {
 	k := cfg.Clusters[config.Name(name)].Retention
-	return &expire.Expirer{Name: name, Grace: k.Grace, Open: open,
-		Policy: retention.Policy{Window: k.Window, Daily: k.Daily, Weekly: k.Weekly, Monthly: k.Monthly, Min: k.Min}}
+	return &expire.Expirer{Name: name, Open: open,
+		Policy: retention.Policy{Window: k.Window, Daily: k.Daily, Weekly: k.Weekly, Monthly: k.Monthly, Min: k.Min, Grace: k.Grace}}
 }
 
 func (e *env) expire(ctx context.Context, opt expireOptions) error {

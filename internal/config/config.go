@@ -212,7 +212,7 @@ type Retention struct {
 	Monthly int `yaml:"monthly"`
 	// How many good backups of each kind stay in any case.
 	Min int `yaml:"min" default:"2"`
-	// For how long `pgkeep undelete` can bring back what was let go. Only then its space is freed.
+	// For how long `pgkeep undelete` can bring back what was let go. Only then its space is freed. The log stays for as much longer than the window.
 	Grace time.Duration `yaml:"grace" default:"7d"`
 	// The host whose worker removes what goes: it needs the right to delete objects. If not set, that of the cluster.
 	Host Host `yaml:"host"`

@@ -15,14 +15,11 @@ import (
 	"github.com/pgkeep/pgkeep/internal/retention"
 )
 
-// An Expirer expires one cluster. All of its fields but Grace are required.
+// An Expirer expires one cluster.
 type Expirer struct {
 	Name   string // of the cluster
 	Policy retention.Policy
-	// Grace is for how long a backup that was let go can be brought back. 0: it
-	// goes at once.
-	Grace time.Duration
-	Open  func(context.Context) (*repo.Repo, error) // the repository
+	Open   func(context.Context) (*repo.Repo, error) // the repository
 }
 
 // Plan says what would go now.
@@ -139,13 +136,16 @@ func (x *Expirer) apply(ctx context.Context, r *repo.Repo, o Order, now func() t
 		if v.Keep || v.Deleted || !slices.Contains(o.Backups, v.ID) {
 			continue
 		}
-		err := r.Mark(ctx, repo.Ref{Cluster: x.Name, ID: v.ID}, now(), x.Grace, v.Reasons...)
+		err := r.Mark(ctx, repo.Ref{Cluster: x.Name, ID: v.ID}, now(), x.Policy.Grace, v.Reasons...)
 		switch {
 		case err == nil:
 			done.Marked = append(done.Marked, v.ID)
 		case !errors.Is(err, fail.Held) && !errors.Is(err, fail.NoBackup): // somebody was faster
 			return done, fmt.Errorf("expire %s: %w", x.Name, err)
 		}
+	}
+	if err := r.RenewLatest(ctx, x.Name); err != nil {
+		return done, fmt.Errorf("expire %s: %w", x.Name, err)
 	}
 	if done.Swept, err = r.Sweep(ctx, x.Name, now()); err != nil {
 		return done, fmt.Errorf("expire %s: %w", x.Name, err)

@@ -29,7 +29,7 @@ const (
 	day     = 24 * time.Hour
 )
 
-var policy = retention.Policy{Window: 3 * day, Daily: 4, Weekly: 2, Monthly: 1, Min: 1}
+var policy = retention.Policy{Window: 3 * day, Daily: 4, Weekly: 2, Monthly: 1, Min: 1, Grace: day}
 
 // A clocked store dates objects by a clock of its own.
 type clocked struct {
@@ -268,7 +268,7 @@ func (w *world) live(days int) {
 }
 
 func (w *world) expirer(st store.Store) *expire.Expirer {
-	return &expire.Expirer{Name: "main", Policy: policy, Grace: day, Open: func(ctx context.Context) (*repo.Repo, error) { return repo.Open(ctx, st, w.access) }}
+	return &expire.Expirer{Name: "main", Policy: policy, Open: func(ctx context.Context) (*repo.Repo, error) { return repo.Open(ctx, st, w.access) }}
 }
 
 // expire runs once, now.

@@ -498,8 +498,8 @@ func (r *Repo) checkLatest(ctx context.Context, of Manifest, rep *Report) error 
 	return rep.add(key, err)
 }
 
-// renewLatest points the objects for scripts at the newest backups there are.
-func (r *Repo) renewLatest(ctx context.Context, cluster string) error {
+// RenewLatest points the objects for scripts at the newest backups there are.
+func (r *Repo) RenewLatest(ctx context.Context, cluster string) error {
 	all, err := r.Backups(ctx, cluster)
 	if err != nil {
 		return err

@@ -71,7 +71,7 @@ func (r *Repo) settle(ctx context.Context, t Tombstone, undelete bool) (undelete
 // Mark ends a backup, finished or not: it is hidden at once. What it holds stays
 // for so long as grace says, and then goes with the next Sweep. One that is
 // marked already keeps its time. A backup that somebody holds is fail.Held, and
-// one that is not there fail.NoBackup.
+// one that is not there fail.NoBackup. RenewLatest is to follow.
 func (r *Repo) Mark(ctx context.Context, b Ref, now time.Time, grace time.Duration, reasons ...string) error {
 	found := false
 	for _, err := range r.st.List(ctx, b.dir(), "") { // packs alone are what others use of a deleted one
@@ -104,7 +104,7 @@ func (r *Repo) Mark(ctx context.Context, b Ref, now time.Time, grace time.Durati
 	if err := r.unheld(ctx, b); err != nil {
 		return errors.Join(err, r.Undelete(ctx, b))
 	}
-	return r.renewLatest(ctx, b.Cluster)
+	return nil
 }
 
 // Undelete brings back a backup that was marked, as long as its removal has not
@@ -139,7 +139,7 @@ func (r *Repo) Undelete(ctx context.Context, b Ref) error {
 	if err := r.st.Delete(ctx, b.dir()+tombstoneName); err != nil {
 		return wrap("delete", b.dir()+tombstoneName, err)
 	}
-	return r.renewLatest(ctx, b.Cluster)
+	return r.RenewLatest(ctx, b.Cluster)
 }
 
 // Delete removes a backup, finished or not, and every object that nobody else
@@ -153,6 +153,9 @@ func (r *Repo) Undelete(ctx context.Context, b Ref) error {
 // deletion after that one is done.
 func (r *Repo) Delete(ctx context.Context, b Ref, now time.Time) (objects int, err error) {
 	if err := r.Mark(ctx, b, now, 0); err != nil {
+		return 0, err
+	}
+	if err := r.RenewLatest(ctx, b.Cluster); err != nil {
 		return 0, err
 	}
 	s, err := r.sweep(ctx, b.Cluster, now, b.ID)

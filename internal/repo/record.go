@@ -7,6 +7,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/store"
 )
@@ -43,17 +45,25 @@ func (r *Repo) Records(ctx context.Context, cluster string) ([]Record, error) {
 		}
 		names[len(names)-1] = append(names[len(names)-1], name)
 	}
-	kept := all[:0]
+	gone := make([]bool, len(all))
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(8)
+	for i := range all {
+		g.Go(func() (err error) {
+			gone[i], err = r.record(gctx, &all[i], names[i])
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	var there []Record
 	for i, b := range all {
-		gone, err := r.record(ctx, &b, names[i])
-		if err != nil {
-			return nil, err
-		}
-		if !gone {
-			kept = append(kept, b)
+		if !gone[i] {
+			there = append(there, b)
 		}
 	}
-	return kept, nil
+	return there, nil
 }
 
 // record reads what the documents of those names say; gone tells that there was
@@ -126,10 +136,15 @@ func (r *Repo) left(ctx context.Context, b Ref) (bool, error) {
 // second. To learn it, it writes an object and removes it.
 func (r *Repo) StoreClock(ctx context.Context, cluster string, now func() time.Time) (ahead time.Duration, err error) {
 	key := clusterPrefix(cluster) + "clock-" + randomHex(8)
-	defer func() { err = errors.Join(err, wrap("delete", key, r.st.Delete(context.WithoutCancel(ctx), key))) }()
 	if err := r.st.Put(ctx, key, strings.NewReader(""), store.PutOptions{IfAbsent: true}); err != nil {
 		return 0, wrap("write", key, err)
 	}
+	defer func() {
+		derr := wrap("delete", key, r.st.Delete(context.WithoutCancel(ctx), key))
+		if !errors.Is(derr, fail.StoreDenied) { // locked like all others: it is of no size
+			err = errors.Join(err, derr)
+		}
+	}()
 	for o, err := range r.st.List(ctx, key, "") {
 		if err != nil {
 			return 0, wrap("list", key, err)

@@ -73,7 +73,7 @@ func (d *decider) archive(l audit.Ledger) WAL {
 		for _, n := range names {
 			w.own[n.String()] = true
 		}
-		if e.good() {
+		if e.usable() {
 			bases = append(bases, e)
 		}
 	}
@@ -86,7 +86,7 @@ func (d *decider) archive(l audit.Ledger) WAL {
 		if !live || !d.inUse(t, bases) {
 			continue
 		}
-		if into := d.leadsIn(l, t.ID, bases, d.from); into != nil {
+		if into := d.leadsIn(l, t.ID, slices.DeleteFunc(slices.Clone(bases), func(e *entry) bool { return !e.good() }), d.from); into != nil {
 			if d.policy.Window > 0 {
 				into.keep("window: timeline %d from %s on", t.ID, date(d.facts.Now.Add(-d.policy.Window)))
 			} else {

@@ -25,10 +25,14 @@ type Policy struct {
 	Daily, Weekly, Monthly int
 	// Min is how many good backups stay in any case; at least 1.
 	Min int
+	// Grace is for how long a backup that was let go can be brought back, and
+	// for how much longer than the window the log stays: a restore that began
+	// while a moment could be reached comes to its end. 0: all goes at once.
+	Grace time.Duration
 }
 
-// IsZero reports whether p keeps everything: Min alone says nothing about what
-// may go.
+// IsZero reports whether p keeps everything: Min and Grace alone say nothing about
+// what may go.
 func (p Policy) IsZero() bool {
 	return p.Window == 0 && p.Daily == 0 && p.Weekly == 0 && p.Monthly == 0
 }
