@@ -164,6 +164,11 @@ func TestAHeldBackupStays(t *testing.T) {
 	if _, err := r.Delete(ctx, ref, now); err != nil {
 		t.Error(err)
 	}
+	st, other, first := marked(t) // however it came there
+	put(t, st, "clusters/main/backups/"+string(first.ID)+"/hold-00000000.json", []byte("broken"))
+	if s, err := other.Sweep(ctx, "main", now.Add(48*time.Hour)); err != nil || s.Objects > 0 {
+		t.Errorf("sweep of what is held: %+v, %v", s, err)
+	}
 	if _, err := r.AddHold(ctx, ref, "too late", "db1", now); !errors.Is(err, fail.NoBackup) {
 		t.Errorf("hold what is gone: %v", err)
 	}

@@ -130,14 +130,11 @@ func (d *decider) archive(l audit.Ledger) WAL {
 	return w
 }
 
-// live reports whether moments of an archive may be promised: it is the newest of
-// the cluster, or something of it is younger than what is kept, or it is not sure
-// that another system took over.
+// live reports whether moments of an archive may be promised: not if a backup of
+// another system shows, before what is kept begins, that the cluster went on there
+// since the last that happened here.
 func (d *decider) live(l audit.Ledger) bool {
 	last := d.evidence(l)
-	if !last.Before(d.walFrom) {
-		return true
-	}
 	for _, e := range d.all {
 		if e.Physical != nil && e.good() && archiveOf(e.Record) != l.Archive && e.ended().Before(d.walFrom) && e.ended().After(last) {
 			return false
@@ -168,9 +165,7 @@ func (d *decider) evidence(l audit.Ledger) (last time.Time) {
 	return last
 }
 
-// inUse reports whether moments of a timeline may be promised: something of it is
-// younger than what is kept, or no backup shows that the cluster went on
-// elsewhere since.
+// inUse is live for a timeline of an archive.
 func (d *decider) inUse(t audit.Timeline, bases []*entry) bool {
 	last := t.Born
 	seen := func(at time.Time) {
@@ -186,7 +181,7 @@ func (d *decider) inUse(t audit.Timeline, bases []*entry) bool {
 			seen(e.FinishedAt)
 		}
 	}
-	return !last.Before(d.walFrom) || !slices.ContainsFunc(bases, func(e *entry) bool {
+	return !slices.ContainsFunc(bases, func(e *entry) bool {
 		return e.Physical.StopTimeline != t.ID && e.ended().After(last) && e.ended().Before(d.walFrom)
 	})
 }
