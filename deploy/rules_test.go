@@ -176,7 +176,14 @@ func TestAlertRules(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	runbooks, err := os.ReadFile("../docs/OPERATIONS.md")
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, r := range all.Groups[0].Rules {
+		if !strings.Contains(string(runbooks), "`"+r.Alert+"`") {
+			t.Errorf("docs/OPERATIONS.md does not say what to do about %s", r.Alert)
+		}
 		if !seen[r.Alert] {
 			t.Errorf("%s is never raised in a test", r.Alert)
 		}
