@@ -17,7 +17,7 @@ export GOFLAGS     := $(GOFLAGS) -trimpath
 # Options of the program behind a target: make bench-wal ARGS='-replay 20'
 ARGS ?=
 
-.PHONY: help check test fuzz update demo chaos bench bench-wal reliability build clean setup
+.PHONY: help check test fuzz update demo chaos bench bench-wal reliability build release reproducible clean setup
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,8 +71,27 @@ build: ## static programs in bin/
 	go build -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/pgkeep ./cmd/pgkeep-wal
 	go -C $(SERVER) build -ldflags '-s -w -X main.version=$(VERSION)' -o ../../bin/pgkeep-server .
 
+# Nothing of the machine is in a program: neither paths, nor times, nor the state
+# of the working copy beyond VERSION. Temporal's server takes minutes for each new
+# architecture: SERVER_ARCHS='amd64 arm64' builds it for both.
+ARCHS        ?= amd64 arm64
+SERVER_ARCHS ?= amd64
+EPOCH        ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
+DIST         ?= $(CURDIR)/dist
+linux         = GOOS=linux GOARCH=$$arch GOFLAGS='-trimpath -buildvcs=false' go
+
+release: ## static, reproducible programs in tarballs, with checksums and a bill of materials: dist/
+	rm -rf $(DIST)
+	for arch in $(ARCHS); do $(linux) build -ldflags '-s -w -X main.version=$(VERSION)' -o $(DIST)/$$arch/bin/ ./cmd/pgkeep ./cmd/pgkeep-wal || exit; done
+	for arch in $(filter $(ARCHS),$(SERVER_ARCHS)); do $(linux) -C $(SERVER) build -ldflags '-s -w -X main.version=$(VERSION)' -o $(DIST)/$$arch/bin/pgkeep-server . || exit; done
+	go -C tools run ./release -dist $(DIST) -source $(CURDIR) -version $(VERSION) -epoch $(EPOCH)
+	cat $(DIST)/SHA256SUMS
+
+reproducible: ## whether two copies of the last commit, in other directories and with empty caches, give the same release
+	tools/reproducible ARCHS='$(ARCHS)' SERVER_ARCHS='$(SERVER_ARCHS)'
+
 clean: ## remove what the others made
-	rm -rf bin
+	rm -rf bin dist
 
 setup:
 	@tools/setup

@@ -231,3 +231,14 @@ func TestDashboard(t *testing.T) {
 		t.Errorf("promtool: %v: %s", err, out)
 	}
 }
+
+// What an operator begins with says nothing wrong.
+func TestTheExampleIsRead(t *testing.T) {
+	c, err := config.Load(config.Options{File: "pgkeep.example.yaml", Hostname: "db1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(c.Clusters) != 1 || len(c.Schedules) < 2 {
+		t.Errorf("%d clusters, %d schedules", len(c.Clusters), len(c.Schedules))
+	}
+}
