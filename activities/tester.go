@@ -69,12 +69,14 @@ func (t *Tester) CheckTest(ctx context.Context, req TestRequest) (TestResult, er
 	return t.step(ctx, "check", req, t.Tests.Check)
 }
 
+const usualGrace = 15 * time.Second
+
 // stands is how long a step may show no sign of work before it is taken for dead.
 // What PostgreSQL itself does is watched more closely, by the sandbox.
 const stands = 30 * time.Minute
 
 func (t *Tester) step(ctx context.Context, stage string, req TestRequest, do func(context.Context, proof.Subject, proof.Progress) (proof.Report, error)) (res TestResult, err error) {
-	grace := cmp.Or(t.Grace, 15*time.Second)
+	grace := cmp.Or(t.Grace, usualGrace)
 	err = watched(ctx, stage, grace, stands, func(ctx context.Context, moved moved) error {
 		res.Report, err = do(ctx, req.Subject, func(doing string, done, total int64) {
 			moved(Progress{Stage: doing, Done: done, Total: total})
@@ -108,17 +110,22 @@ func (t *Tester) ReportTest(ctx context.Context, req ReportTestRequest) (res Rep
 	if req.Trouble != "" {
 		trouble = fail.With(req.Kind, errors.New(req.Trouble))
 	}
-	res.Report, err = t.Tests.Report(ctx, req.Subject, req.Finished, trouble)
+	err = watched(ctx, "report", cmp.Or(t.Grace, usualGrace), usual, func(ctx context.Context, _ moved) error {
+		res.Report, err = t.Tests.Report(ctx, req.Subject, req.Finished, trouble)
+		return err
+	})
 	if bad := res.Report.Err(); err == nil && bad != nil {
 		res.Failure, res.Kind = bad.Error(), fail.KindOf(bad)
 	}
 	if err == nil {
 		activity.GetLogger(ctx).Info("restore test done", "cluster", req.Subject.Cluster, "backup", req.Subject.ID, "verdict", res.Report.Verdict, "rto", res.Report.RTO)
 	}
-	return res, border(ctx, err)
+	return res, err
 }
 
 // CleanUpTest removes the sandbox.
 func (t *Tester) CleanUpTest(ctx context.Context, req TestRequest) error {
-	return border(ctx, t.Tests.CleanUp(ctx, req.Subject))
+	return watched(ctx, "clean up", cmp.Or(t.Grace, usualGrace), stands, func(ctx context.Context, _ moved) error {
+		return t.Tests.CleanUp(ctx, req.Subject)
+	})
 }

@@ -97,6 +97,12 @@ func testing(host, summary string) workflow.ActivityOptions {
 	return opt
 }
 
+// watching adds to options that a lost worker is noticed by its silence.
+func watching(opt workflow.ActivityOptions) workflow.ActivityOptions {
+	opt.HeartbeatTimeout = 30 * time.Second
+	return opt
+}
+
 // cleanup is for what must be tried at the end, however it came, and must not
 // keep a workflow open on behalf of a host that never comes back.
 func cleanup(host, summary string) workflow.ActivityOptions {
@@ -110,5 +116,12 @@ func cleanup(host, summary string) workflow.ActivityOptions {
 func telling(host, summary string) workflow.ActivityOptions {
 	opt := quick(host, summary)
 	opt.ScheduleToStartTimeout, opt.StartToCloseTimeout, opt.ScheduleToCloseTimeout = 2*time.Minute, time.Minute, 10*time.Minute
+	return opt
+}
+
+// removing is cleanup for what may be large.
+func removing(host, summary string) workflow.ActivityOptions {
+	opt := watching(cleanup(host, summary))
+	opt.StartToCloseTimeout, opt.ScheduleToCloseTimeout = 30*time.Minute, time.Hour
 	return opt
 }

@@ -45,7 +45,7 @@ func RestoreTest(ctx workflow.Context, req RestoreTestRequest) (res RestoreTestR
 		err = b.end(ctx, err)
 		tidy, cancel := workflow.NewDisconnectedContext(ctx)
 		defer cancel()
-		if cerr := do(tidy, cleanup(req.Host, "remove the sandbox"), tester.CleanUpTest, activities.TestRequest{Subject: res.Subject}).Get(tidy, nil); cerr != nil {
+		if cerr := do(tidy, removing(req.Host, "remove the sandbox"), tester.CleanUpTest, activities.TestRequest{Subject: res.Subject}).Get(tidy, nil); cerr != nil {
 			workflow.GetLogger(ctx).Warn("sandbox not removed; the worker will", "error", cerr)
 		}
 		b.tell(ctx, req.Host, req.Cluster, KindRestoreTest, err)
@@ -54,7 +54,7 @@ func RestoreTest(ctx workflow.Context, req RestoreTestRequest) (res RestoreTestR
 	b.stage(ctx, "plan")
 	var plan activities.PlanTestResult
 	owner := backup.Owner{Namespace: info.Namespace, Workflow: info.WorkflowExecution.ID, Run: info.WorkflowExecution.RunID}
-	err = do(ctx, few(req.Host, "which backup, to which moment?"), tester.PlanTest,
+	err = do(ctx, watching(few(req.Host, "which backup, to which moment?")), tester.PlanTest,
 		activities.PlanTestRequest{Request: req.Request, Test: id, Started: started, Owner: owner}).Get(ctx, &plan)
 	if err != nil {
 		return res, noWorker(err, req.Host)
@@ -76,7 +76,7 @@ func RestoreTest(ctx workflow.Context, req RestoreTestRequest) (res RestoreTestR
 
 	b.stage(ctx, "report")
 	var found activities.ReportTestResult
-	if err := do(ctx, patient(req.Host, "sign and write what was found"), tester.ReportTest, report).Get(ctx, &found); err != nil {
+	if err := do(ctx, watching(patient(req.Host, "sign and write what was found")), tester.ReportTest, report).Get(ctx, &found); err != nil {
 		return res, err
 	}
 	res.Report = found.Report

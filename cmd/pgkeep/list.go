@@ -73,7 +73,11 @@ func (e *env) list(ctx context.Context, opt listOptions) error {
 			shown = append(shown, one)
 		}
 	}
-	return e.printList(shown, opt, time.Now())
+	now := time.Now()
+	if err := prove(ctx, r, shown, cfg.RestoreTest.Within, now); err != nil {
+		return err
+	}
+	return e.printList(shown, opt, now)
 }
 
 // States of a backup.
@@ -104,6 +108,9 @@ type backupShown struct {
 	Writer     string        `json:"writer,omitempty"` // version of pgkeep
 	Workflow   string        `json:"workflow,omitempty"`
 	Run        string        `json:"run,omitempty"`
+
+	// Proof is what restore tests say; null of a backup that is not complete.
+	Proof *proofShown `json:"proof"`
 
 	// Databases is null where no key at hand opens it.
 	Databases []databaseShown `json:"databases"`
@@ -180,7 +187,7 @@ func (e *env) printList(shown []backupShown, opt listOptions, now time.Time) err
 	for _, b := range shown {
 		rows = append(rows, b.row(now))
 	}
-	if err := table(e.out, "ID CLUSTER KIND AGE SIZE STORED LSN VERIFIED DBS", rows); err != nil {
+	if err := table(e.out, "ID CLUSTER KIND AGE SIZE STORED LSN VERIFIED DBS RESTORED", rows); err != nil {
 		return err
 	}
 	for _, b := range shown {
@@ -199,11 +206,11 @@ func (b backupShown) row(now time.Time) []string {
 		if b.Damaged > 0 {
 			verified = "DAMAGED PAGES"
 		}
-		return []string{string(b.ID), b.Cluster, string(b.Kind), age, size(b.Bytes), size(b.Stored), b.LSN.After.String(), verified, b.dbs()}
+		return []string{string(b.ID), b.Cluster, string(b.Kind), age, size(b.Bytes), size(b.Stored), b.LSN.After.String(), verified, b.dbs(), b.Proof.word(now)}
 	case damaged:
-		return []string{string(b.ID), b.Cluster, "", age, "", "", "", strings.ToUpper(cmp.Or(string(b.kind), damaged)), ""}
+		return []string{string(b.ID), b.Cluster, "", age, "", "", "", strings.ToUpper(cmp.Or(string(b.kind), damaged)), "", ""}
 	}
-	return []string{string(b.ID), b.Cluster, "", age, "", "", "", b.State, ""}
+	return []string{string(b.ID), b.Cluster, "", age, "", "", "", b.State, "", ""}
 }
 
 // dbs is the number of databases in the backup; "" if nobody here can tell.

@@ -225,8 +225,8 @@ func (e *env) printTest(res workflows.RestoreTestResult, link string, asJSON boo
 	if r.Lag != nil {
 		lag = fmt.Sprintf(", %s of log behind the source", size(r.Lag.Bytes))
 	}
-	_, err := fmt.Fprintf(e.out, "%s  %s  proven: restored in %s, %s of log%s, %s, %s, %d rows read\n", res.Subject.ID, res.Subject.Cluster,
-		span(seconds(r.RTO)), count(r.Segments, "segment"), lag, count(r.Tables, "table"), count(r.Indexes, "index"), r.Rows)
+	_, err := fmt.Fprintf(e.out, "%s  %s  proven: restored in %s, %s of log%s; %s, %d B-trees, %d rows\n", res.Subject.ID, res.Subject.Cluster,
+		span(seconds(r.RTO)), count(r.Segments, "segment"), lag, count(r.Tables, "table"), r.Indexes, r.Rows)
 	return err
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"github.com/pgkeep/pgkeep/internal/backup"
 	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/proof"
 	"github.com/pgkeep/pgkeep/internal/repo"
 )
 
@@ -44,6 +45,24 @@ func (e *env) show(ctx context.Context, cluster, what string, asJSON bool) error
 	if err != nil {
 		return err
 	}
+	now := time.Now()
+	if shown.State == complete {
+		cfg, err := e.config()
+		if err != nil {
+			return err
+		}
+		var standing proof.Standing
+		if shown.Proof, standing, err = shownProof(ctx, r, b.Ref, cfg.RestoreTest.Within, now); err != nil {
+			return err
+		}
+		if standing.Last.Test != "" {
+			rep, err := whole(r, standing)
+			if err != nil {
+				return err
+			}
+			shown.Proof.Report = &rep
+		}
+	}
 	link := e.linkOf(shown)
 	if asJSON {
 		return printJSON(e.out, "show", struct {
@@ -56,13 +75,21 @@ func (e *env) show(ctx context.Context, cluster, what string, asJSON bool) error
 			Link      string                  `json:"link,omitempty"`
 		}{shown, shown.details.Databases, shown.details.Globals, append([]string{}, shown.details.Skipped...), shown.physical, contentOf(b), link})
 	}
-	if err := pairs(e.out, shown.pairs(b.Manifest, link, time.Now())); err != nil {
+	if err := pairs(e.out, shown.pairs(b.Manifest, link, now)); err != nil {
 		return err
 	}
 	if shown.State != complete {
 		_, err := finished(b)
 		return err
 	}
+	if err := e.printContents(shown); err != nil {
+		return err
+	}
+	return e.printProof(shown.Proof)
+}
+
+// printContents prints what only those see who read metadata.
+func (e *env) printContents(shown backupShown) error {
 	if shown.Kind == repo.Physical {
 		return e.showPhysical(shown.physical)
 	}
@@ -78,7 +105,7 @@ func (e *env) show(ctx context.Context, cluster, what string, asJSON bool) error
 	return table(e.out, "DATABASE SIZE LSN TAKEN SNAPSHOT", rows)
 }
 
-// showPhysical prints what only those see who read metadata.
+// showPhysical is printContents for a physical backup.
 func (e *env) showPhysical(d *backup.PhysicalDetails) error {
 	if d == nil {
 		e.say("no key here opens the details")
@@ -132,6 +159,7 @@ func (b backupShown) pairs(m repo.Manifest, link string, now time.Time) [][2]str
 		{"size", size(b.Bytes) + " in " + count(m.Files, "file")},
 		{"stored", fmt.Sprintf("%s in %s, encrypted: %s", size(b.Stored), count(m.Packs, "pack"), encrypted)},
 		{"verified", verifiedMeans(b.Verified)},
+		{"restored", b.Proof.standing(now)},
 		{"writer", "pgkeep " + b.Writer},
 	}...)
 	if b.Workflow != "" {

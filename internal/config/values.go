@@ -259,7 +259,7 @@ func (p *TestPolicy) UnmarshalText(b []byte) error {
 }
 
 // Rows are the answer to a query: a line for each row, " | " between values. nil
-// is not the answer of no row, which is the empty text: it is none.
+// is no answer, not that of no row.
 type Rows [][]string
 
 func (r *Rows) UnmarshalText(b []byte) error {

@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"go.temporal.io/sdk/client"
@@ -48,14 +49,6 @@ func (r *rig) nothingLeft(dir string) {
 	}
 }
 
-type shownProof struct {
-	Proof *struct {
-		Test   string
-		State  proof.State
-		Report proof.Report
-	}
-}
-
 // A backup is taken, tested, and shown as proven; so is a logical one.
 func TestABackupIsProven(t *testing.T) {
 	r := setup(t, 500)
@@ -74,6 +67,25 @@ func TestABackupIsProven(t *testing.T) {
 		t.Errorf("tested: %+v", res)
 	}
 	r.nothingLeft(dir)
+	var list struct {
+		Backups []struct {
+			ID    string
+			Proof *struct {
+				State proof.State
+				RTO   float64 `json:"rto_seconds"`
+			}
+		}
+	}
+	r.decode(r.must("list", "--json"), &list)
+	if b := list.Backups; len(b) != 1 || b[0].Proof == nil || b[0].Proof.State != proof.Proven || b[0].Proof.RTO != rep.RTO {
+		t.Errorf("listed: %+v", list)
+	}
+	if said := r.must("list"); !strings.Contains(said, "proven ") || !strings.Contains(said, " ago") {
+		t.Errorf("list says\n%s", said)
+	}
+	if said := r.must("show", "latest"); !strings.Contains(said, "assertions") || !strings.Contains(said, "replay ") || !strings.Contains(said, "without a network") {
+		t.Errorf("show says\n%s", said)
+	}
 	run := r.client.GetWorkflow(t.Context(), workflows.RestoreTestWorkflowID("main"), "")
 	r.record(run, "restore-test")
 	r.clean(run, dir)
@@ -94,9 +106,78 @@ func (r *rig) clean(run client.WorkflowRun, dir string) {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	for _, secret := range []string{dir, r.dir, filepath.Dir(r.wal), "small", "SELECT", "canary-literal", canary, "4999", "signing.key"} {
+	for _, secret := range []string{dir, r.dir, filepath.Dir(r.wal), "small", "SELECT", "canary-literal", canary, "signing.key"} {
 		if i := strings.Index(string(text), secret); i >= 0 {
 			r.t.Errorf("the history holds %q: %.200q", secret, text[max(0, i-100):])
 		}
+	}
+}
+
+// through lets the worker, and the server in a sandbox, reach S3 by way of the
+// proxy.
+func (r *rig) through() {
+	r.t.Helper()
+	text, err := os.ReadFile(r.wal)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.config = filepath.Join(filepath.Dir(r.wal), "proxied.yaml")
+	if err := os.WriteFile(r.config, []byte(strings.ReplaceAll(string(text), r.s3.Addr, r.proxy.Addr)), 0o600); err != nil {
+		r.t.Fatal(err)
+	}
+	if err := lab.Own(r.config); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// The worker dies at each step of a test. The next one goes on, or starts over; the
+// answer is the right one, and nothing is left. PGKEEP_TEST_KILLS=all takes every
+// step.
+func TestARestoreTestSurvivesAKilledWorker(t *testing.T) {
+	steps := []string{"RecoverTest", "CheckTest"}
+	if os.Getenv("PGKEEP_TEST_KILLS") == "all" {
+		steps = []string{"PlanTest", "RestoreTestFiles", "RecoverTest", "CheckTest", "ReportTest", "CleanUpTest"}
+	}
+	for _, step := range steps {
+		t.Run(step, func(t *testing.T) {
+			r := setup(t, 500)
+			dir := r.tested(`, assertions: [{name: slow, database: app, query: "SELECT pg_sleep(5)::text = ''"}]`)
+			r.through()
+			w := r.worker()
+			r.must("backup")
+			if err := r.pg.Exec(t.Context(), "app", "DELETE FROM big WHERE i % 3 = 0"); err != nil {
+				t.Fatal(err)
+			}
+			r.archived()
+			if step == "PlanTest" {
+				r.set(lab.BlackHole)
+			}
+			run, err := r.client.ExecuteWorkflow(t.Context(), client.StartWorkflowOptions{ID: workflows.RestoreTestWorkflowID("main"), TaskQueue: workflows.Queue},
+				workflows.RestoreTestName, workflows.RestoreTestRequest{Host: "db1", Request: proof.Request{Cluster: "main"}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.step(run, step)
+			r.set(lab.BlackHole) // so that it does not end before it is killed
+			w.signal(syscall.SIGKILL)
+			r.set(lab.Pass)
+			r.worker()
+			var res workflows.RestoreTestResult
+			if err := run.Get(t.Context(), &res); err != nil {
+				t.Fatal(err)
+			}
+			if res.Report.Verdict != proof.Passed {
+				t.Errorf("%+v", res.Report)
+			}
+			t.Logf("attempts: %v", r.attempts(run))
+			r.nothingLeft(dir)
+		})
+	}
+}
+
+func (r *rig) set(mode lab.ProxyMode) {
+	r.t.Helper()
+	if err := r.proxy.Set(mode); err != nil {
+		r.t.Fatal(err)
 	}
 }

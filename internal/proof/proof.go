@@ -221,6 +221,9 @@ func lag(source, reached Position) *Lag {
 	if source.LSN > reached.LSN {
 		l.Bytes = int64(source.LSN - reached.LSN)
 	}
+	if source.LSN != 0 && l.Bytes == 0 { // nothing was left out
+		return &l
+	}
 	if !source.LastCommit.IsZero() && !reached.LastCommit.IsZero() && source.LastCommit.After(reached.LastCommit) {
 		l.Seconds = source.LastCommit.Sub(reached.LastCommit).Seconds()
 	}

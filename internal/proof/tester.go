@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -119,14 +120,17 @@ func (t *Tester) choose(ctx context.Context, r *repo.Repo, q Request, s *Subject
 	if q.Backup != "" && len(usable) > 0 && usable[0].Err != nil {
 		return usable[0].Err
 	}
+	if q.Target != nil && len(usable) > 0 && usable[0].Kind == repo.Logical {
+		return fmt.Errorf("backup %s is logical, and has one moment, its own: %w", q.Backup, fail.BadConfig)
+	}
 	s.Target = restore.Target{Kind: restore.Latest}
 	id := q.Backup
 	switch {
-	case q.Target != nil && id == "":
+	case q.Target != nil: // one that cannot be reached says nothing about a backup
 		s.Target = *q.Target
-		id, err = t.leadingTo(ctx, r, q.Cluster, s.Target)
-	case q.Target != nil:
-		s.Target = *q.Target
+		var plan restore.PhysicalPlan
+		plan, err = t.reach(ctx, r, repo.Ref{Cluster: q.Cluster, ID: id}, s.Target)
+		id = plan.Backup.ID
 	case id == "":
 		id, err = t.pick(ctx, r, q, s, usable)
 	}
@@ -136,9 +140,6 @@ func (t *Tester) choose(ctx context.Context, r *repo.Repo, q Request, s *Subject
 	for _, b := range usable {
 		if b.ID == id {
 			s.Ref, s.Kind, s.Bytes, s.Stored = b.Ref, b.Kind, b.Bytes, b.Stored
-			if b.Kind == repo.Logical && q.Target != nil {
-				return fmt.Errorf("backup %s is logical, and has one moment, its own: %w", id, fail.BadConfig)
-			}
 			return nil
 		}
 	}
@@ -168,19 +169,26 @@ func (t *Tester) pick(ctx context.Context, r *repo.Repo, q Request, s *Subject, 
 		}
 		from = append(from, c)
 	}
-	choice, err := Pick(policy, string(s.Test), from)
-	if err == nil && !choice.At.IsZero() {
-		s.Target = restore.Target{Kind: restore.ToTime, Time: choice.At}
+	for try := range 5 { // between a commit and the end of the log there may be nothing to stop at
+		choice, err := Pick(policy, string(s.Test)+strings.Repeat("+", try), from)
+		if err != nil || choice.At.IsZero() {
+			return repo.ID(choice.ID), err
+		}
+		target := restore.Target{Kind: restore.ToTime, Time: choice.At}
+		plan, err := t.reach(ctx, r, repo.Ref{Cluster: q.Cluster}, target)
+		if err == nil {
+			s.Target = target
+			return plan.Backup.ID, nil
+		}
+		if !errors.Is(err, fail.Unreachable) {
+			return "", err
+		}
 	}
+	choice, err := Pick(Newest, "", from)
 	return repo.ID(choice.ID), err
 }
 
-// leadingTo finds the backup that a restore to a moment begins with.
-func (t *Tester) leadingTo(ctx context.Context, r *repo.Repo, cluster string, target restore.Target) (repo.ID, error) {
-	plan, err := t.reach(ctx, r, repo.Ref{Cluster: cluster}, target)
-	return plan.Backup.ID, err
-}
-
+// reach finds the way of a restore to a moment.
 func (t *Tester) reach(ctx context.Context, r *repo.Repo, b repo.Ref, target restore.Target) (restore.PhysicalPlan, error) {
 	return restore.Physical{Repo: r, Cluster: b.Cluster, Backup: b.ID, Target: target}.Reach(ctx)
 }
