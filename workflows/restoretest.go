@@ -86,9 +86,11 @@ func RestoreTest(ctx workflow.Context, req RestoreTestRequest) (res RestoreTestR
 		b.row("Behind the source", fmt.Sprintf("%s of log, %.0f s", size(lag.Bytes), lag.Seconds))
 	}
 	if found.Failure != "" {
-		kind := found.Kind
-		return res, temporal.NewNonRetryableApplicationError(found.Failure, string(kind), nil, activities.Advice{
-			Hint: "pgkeep show " + string(res.Subject.ID) + " names what was found; " + fail.HintOf(kind)})
+		advice := fail.HintOf(found.Kind)
+		if found.Kind == fail.ProofFailed {
+			advice = "pgkeep show " + string(res.Subject.ID) + " names what was found; run pgkeep verify, and take a new backup"
+		}
+		return res, temporal.NewNonRetryableApplicationError(found.Failure, string(found.Kind), nil, activities.Advice{Hint: advice})
 	}
 	return res, nil
 }

@@ -43,7 +43,7 @@ func TestBackupsAreListedVerifiedRestoredDeleted(t *testing.T) {
 	}
 	table := w.ok("list", "main")
 	for line := range strings.Lines(table) {
-		if len(line) > 101 {
+		if len(line) > 102 {
 			t.Errorf("line of %d columns: %s", len(line), line)
 		}
 	}

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -187,7 +186,7 @@ func (e *env) printList(shown []backupShown, opt listOptions, now time.Time) err
 	for _, b := range shown {
 		rows = append(rows, b.row(now))
 	}
-	if err := table(e.out, "ID CLUSTER KIND AGE SIZE STORED LSN VERIFIED DBS RESTORED", rows); err != nil {
+	if err := table(e.out, "ID CLUSTER KIND AGE SIZE STORED LSN VERIFIED PROVEN", rows); err != nil {
 		return err
 	}
 	for _, b := range shown {
@@ -206,20 +205,9 @@ func (b backupShown) row(now time.Time) []string {
 		if b.Damaged > 0 {
 			verified = "DAMAGED PAGES"
 		}
-		return []string{string(b.ID), b.Cluster, string(b.Kind), age, size(b.Bytes), size(b.Stored), b.LSN.After.String(), verified, b.dbs(), b.Proof.word(now)}
+		return []string{string(b.ID), b.Cluster, string(b.Kind), age, size(b.Bytes), size(b.Stored), b.LSN.After.String(), verified, b.Proof.word(now)}
 	case damaged:
-		return []string{string(b.ID), b.Cluster, "", age, "", "", "", strings.ToUpper(cmp.Or(string(b.kind), damaged)), "", ""}
+		return []string{string(b.ID), b.Cluster, "", age, "", "", "", strings.ToUpper(cmp.Or(string(b.kind), damaged)), ""}
 	}
-	return []string{string(b.ID), b.Cluster, "", age, "", "", "", b.State, "", ""}
-}
-
-// dbs is the number of databases in the backup; "" if nobody here can tell.
-func (b backupShown) dbs() string {
-	if b.Kind == repo.Physical {
-		return "all"
-	}
-	if b.Databases == nil {
-		return ""
-	}
-	return strconv.Itoa(len(b.Databases))
+	return []string{string(b.ID), b.Cluster, "", age, "", "", "", b.State, ""}
 }

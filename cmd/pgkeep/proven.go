@@ -78,7 +78,7 @@ func (p *proofShown) word(now time.Time) string {
 	case p == nil:
 		return ""
 	case p.State == proof.Proven:
-		return "proven " + span(now.Sub(p.at)) + " ago"
+		return span(now.Sub(p.at)) + " ago"
 	case p.State == proof.Refuted:
 		return "FAILED"
 	}
@@ -103,14 +103,10 @@ func (p *proofShown) standing(now time.Time) string {
 // whole is the report of the newest test with an answer, with findings where a
 // key opens them.
 func whole(r *repo.Repo, s proof.Standing) (proof.Report, error) {
-	rep := s.Report
-	var d proof.Details
-	err := r.OpenProofDetails(s.Last, &d)
-	if errors.Is(err, fail.NoKey) {
-		return rep, nil
-	}
-	if err == nil && len(d.Checks) > 0 {
-		rep.Checks = d.Checks
+	var rep proof.Report
+	err := r.OpenProofDetails(s.Last, &rep)
+	if errors.Is(err, fail.NoKey) || err == nil && len(rep.Checks) == 0 {
+		return s.Report, nil
 	}
 	return rep, err
 }

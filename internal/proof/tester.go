@@ -238,15 +238,10 @@ func (t *Tester) Report(ctx context.Context, s Subject, finished time.Time, trou
 	if p.Report, err = json.Marshal(rep.Public()); err != nil {
 		return rep.Public(), err
 	}
-	if p.Details, err = r.SealDetails(Details{rep.Checks}); err != nil {
+	if p.Details, err = r.SealDetails(rep); err != nil {
 		return rep.Public(), err
 	}
 	return rep.Public(), r.WriteProof(ctx, p)
-}
-
-// Details are what a proof keeps for those who may read the backup.
-type Details struct {
-	Checks []Check `json:"checks"` // with their findings
 }
 
 // CleanUp removes the sandbox of a test, whatever is in it.

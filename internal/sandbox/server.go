@@ -46,7 +46,11 @@ func (s *Sandbox) major() (int, error) {
 // major version than its own.
 func (s *Sandbox) program(name string) (string, error) {
 	if s.opt.BinDir != "" {
-		return filepath.Join(s.opt.BinDir, name), nil
+		path := filepath.Join(s.opt.BinDir, name)
+		if _, err := os.Stat(path); err != nil {
+			return "", fail.Hint(fmt.Errorf("%w: %w", err, fail.PGVersion), "bin_dir is to be the directory of the server's programs")
+		}
+		return path, nil
 	}
 	major, err := s.major()
 	if err != nil {
