@@ -2,6 +2,7 @@ package wal
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -14,6 +15,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/zeebo/xxh3"
 
 	"github.com/pgkeep/pgkeep/internal/durable"
 	"github.com/pgkeep/pgkeep/internal/pg"
@@ -206,7 +209,14 @@ func (p *push) sendOne(ctx context.Context, l *ledger, n pg.WALName) {
 	}
 	defer l.records.Remove(sendingName(n)) // when there is a record
 	defer mark.Close()
-	if r, err := p.push(ctx, n, p.path(n)); err == nil { // else its own turn will tell
+	check := xxh3.New()
+	info, sum, err := p.push(ctx, n, p.path(n), check)
+	if err != nil {
+		return // its own turn will tell
+	}
+	r := p.record(n, info)
+	r.Sum, r.Check, r.Archived = hex.EncodeToString(sum), hex.EncodeToString(digest(check)), time.Now().UnixNano()
+	if r.Repository, err = p.archiver.Repository(ctx); err == nil {
 		r.write(l.records, recordName(n))
 	}
 }

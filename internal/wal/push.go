@@ -3,7 +3,6 @@ package wal
 import (
 	"bytes"
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -11,9 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"time"
-
-	"github.com/zeebo/xxh3"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/pg"
@@ -97,7 +93,7 @@ func (p Pusher) Push(ctx context.Context, path string) error {
 	if !alone {
 		g.Go(func() { j.lookAhead(ahead, n, slots) })
 	}
-	_, err = j.push(ctx, n, path)
+	_, _, err = j.push(ctx, n, path, io.Discard)
 	<-slots
 	if err != nil {
 		cancel()
@@ -110,40 +106,31 @@ func (p Pusher) Push(ctx context.Context, path string) error {
 
 func (p *push) path(n pg.WALName) string { return filepath.Join(p.DataDir, "pg_wal", n.String()) }
 
-// push archives one file and returns what is known of it.
-func (p *push) push(ctx context.Context, n pg.WALName, path string) (record, error) {
+// push archives one file, whose content it also writes to w, and returns its
+// SHA-256.
+func (p *push) push(ctx context.Context, n pg.WALName, path string, w io.Writer) (info fs.FileInfo, sum []byte, err error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return record{}, err
+		return nil, nil, err
 	}
 	defer f.Close()
-	info, err := f.Stat()
+	info, err = f.Stat()
 	if err != nil {
-		return record{}, err
+		return nil, nil, err
 	}
 	if !info.Mode().IsRegular() || info.Size() > maxFile {
-		return record{}, fmt.Errorf("%s: %d bytes, %v: %w", path, info.Size(), info.Mode(), fail.Corrupt)
+		return nil, nil, fmt.Errorf("%s: %d bytes, %v: %w", path, info.Size(), info.Mode(), fail.Corrupt)
 	}
 	content, err := p.checked(n, f, info)
 	if err != nil {
 		if errors.Is(err, fail.Corrupt) {
 			err = fail.Hint(err, "the file in the data directory is not what its name says, and nothing was sent; is the disk sound?")
 		}
-		return record{}, err
+		return nil, nil, err
 	}
-	check := xxh3.New()
-	sum, err := p.archiver.Put(ctx, repo.WALFile{Name: n, Size: info.Size(), Content: io.TeeReader(content, check),
+	sum, err = p.archiver.Put(ctx, repo.WALFile{Name: n, Size: info.Size(), Content: io.TeeReader(content, w),
 		May: func(ctx context.Context) error { return p.may(ctx, n) }})
-	if err != nil {
-		return record{}, err
-	}
-	to, err := p.archiver.Repository(ctx)
-	if err != nil {
-		return record{}, err
-	}
-	r := p.record(n, info)
-	r.Repository, r.Sum, r.Check, r.Archived = to, hex.EncodeToString(sum), hex.EncodeToString(digest(check)), time.Now().UnixNano()
-	return r, nil
+	return info, sum, err
 }
 
 // checked returns a reader of a file whose beginning can be what the name says.
