@@ -41,7 +41,7 @@ func (e *env) backupDirect(ctx context.Context, cfg *config.Config, name string,
 	bars := &stages{e: e}
 	defer bars.End()
 	if opt.Kind == workflows.Logical {
-		l, err := open.Logical(cfg, name, st, access, log)
+		l, err := logicalOf(cfg, name, st, access, log)
 		if err != nil {
 			return err
 		}
@@ -55,7 +55,7 @@ func (e *env) backupDirect(ctx context.Context, cfg *config.Config, name string,
 		bars.End()
 		return e.printLogical(name, "", res, opt.JSON)
 	}
-	p, err := open.Physical(cfg, name, st, access, log)
+	p, err := physicalOf(cfg, name, st, access, log)
 	if err != nil {
 		return err
 	}

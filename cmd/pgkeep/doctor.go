@@ -166,7 +166,7 @@ func (e *env) examine(ctx context.Context, cfg *config.Config, r *repo.Repo, nam
 	if settings.Host != "" && settings.Host != cfg.Host {
 		return x, nil
 	}
-	at, err := open.Cluster(settings)
+	at, err := reach(settings)
 	if err != nil {
 		return x, err
 	}

@@ -6,7 +6,6 @@ import (
 	"github.com/pgkeep/pgkeep/internal/cluster"
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
-	"github.com/pgkeep/pgkeep/internal/open"
 	"github.com/pgkeep/pgkeep/workflows"
 )
 
@@ -27,7 +26,7 @@ func (e *env) initSQL(name, kind string) error {
 	if err != nil {
 		return err
 	}
-	at, err := open.Cluster(settings)
+	at, err := reach(settings)
 	if err != nil {
 		return err
 	}

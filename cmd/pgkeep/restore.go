@@ -13,7 +13,6 @@ import (
 	"github.com/pgkeep/pgkeep/internal/cluster"
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
-	"github.com/pgkeep/pgkeep/internal/open"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/restore"
 )
@@ -155,7 +154,7 @@ func (e *env) target(opt restoreOptions, own string) (cluster.Cluster, error) {
 		if err := conninfo.UnmarshalText([]byte(opt.Target)); err != nil {
 			return cluster.Cluster{}, fail.Hint(config.Errorf("--target: %w", err), "a password goes into a file, for --target-password-file")
 		}
-		return open.Cluster(config.Cluster{Conninfo: conninfo, PasswordFile: config.Path(opt.PasswordFile)})
+		return reach(config.Cluster{Conninfo: conninfo, PasswordFile: config.Path(opt.PasswordFile)})
 	}
 	cfg, err := e.config()
 	if err != nil {
@@ -169,7 +168,7 @@ func (e *env) target(opt restoreOptions, own string) (cluster.Cluster, error) {
 	if err != nil {
 		return cluster.Cluster{}, err
 	}
-	return open.Cluster(settings)
+	return reach(settings)
 }
 
 func (e *env) runRestore(ctx context.Context, l restore.Logical, plan restore.Plan) error {

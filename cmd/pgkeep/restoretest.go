@@ -243,7 +243,7 @@ func testerOf(c *config.Config, st store.Store, a repo.Access, log *slog.Logger)
 			if err != nil {
 				return cluster.Cluster{}, false
 			}
-			at, err := open.Cluster(settings)
+			at, err := reach(settings)
 			return at, err == nil
 		},
 		Sandbox: sandbox.Options{Parent: string(s.Directory), BinDir: string(s.BinDir), User: s.User, Memory: int64(s.Memory), Preload: s.Preload, Log: log},

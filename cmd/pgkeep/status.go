@@ -11,7 +11,6 @@ import (
 	"github.com/pgkeep/pgkeep/internal/cluster"
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/health"
-	"github.com/pgkeep/pgkeep/internal/open"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/workflows"
 )
@@ -138,7 +137,7 @@ func (e *env) askArchiver(ctx context.Context, cfg *config.Config, s *statusShow
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	at, err := open.Cluster(settings)
+	at, err := reach(settings)
 	if err == nil {
 		var a cluster.Archiver
 		if a, err = at.Archiver(ctx); err == nil {

@@ -14,7 +14,6 @@ import (
 	"github.com/pgkeep/pgkeep/internal/audit"
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
-	"github.com/pgkeep/pgkeep/internal/open"
 	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/repo"
 )
@@ -300,7 +299,7 @@ func (e *env) fill(ctx context.Context, cfg *config.Config, r *repo.Repo, cluste
 	if err != nil {
 		return err
 	}
-	at, err := open.Cluster(settings)
+	at, err := reach(settings)
 	if err != nil {
 		return err
 	}

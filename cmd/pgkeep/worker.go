@@ -73,11 +73,11 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 		if host := cfg.Clusters[name].Host; host != "" && host != cfg.Host {
 			continue
 		}
-		l, err := open.Logical(cfg, string(name), st, access, log)
+		l, err := logicalOf(cfg, string(name), st, access, log)
 		if err != nil {
 			return err
 		}
-		p, err := open.Physical(cfg, string(name), st, access, log)
+		p, err := physicalOf(cfg, string(name), st, access, log)
 		if err != nil {
 			return err
 		}
@@ -88,7 +88,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 	if len(logical)+len(expirers) == 0 {
 		return config.Errorf("no cluster of host %s in the configuration: nothing to serve", cfg.Host)
 	}
-	notifier, err := open.Notifier(cfg.Notify)
+	notifier, err := notifierOf(cfg.Notify)
 	if err != nil {
 		return err
 	}

@@ -168,7 +168,7 @@ func (w *world) logical() *backup.Logical {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	l, err := open.Logical(cfg, "main", st, access, slog.New(slog.DiscardHandler))
+	l, err := logicalOf(cfg, "main", st, access, slog.New(slog.DiscardHandler))
 	if err != nil {
 		w.t.Fatal(err)
 	}

@@ -1,22 +1,19 @@
 // Package open opens what the configuration names: the store, the keys, the
-// repository, a cluster. It is the only way from settings to things.
+// repository. It is the only way from settings to those. It knows of no cluster:
+// what archives starts for every segment, and is the smaller for it.
 package open
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"strings"
 
 	"filippo.io/age"
 
-	"github.com/pgkeep/pgkeep/internal/backup"
-	"github.com/pgkeep/pgkeep/internal/cluster"
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
-	"github.com/pgkeep/pgkeep/internal/notify"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/seal"
 	"github.com/pgkeep/pgkeep/internal/store"
@@ -119,60 +116,4 @@ func Repository(ctx context.Context, c *config.Config, version string) (*repo.Re
 		return nil, err
 	}
 	return repo.Open(ctx, st, a)
-}
-
-// Cluster returns how to reach a cluster.
-func Cluster(c config.Cluster) (cluster.Cluster, error) {
-	password, err := c.Password()
-	return cluster.Cluster{Conninfo: string(c.Conninfo), Password: password.Reveal(), BinDir: string(c.BinDir)}, err
-}
-
-// Logical returns who takes the logical backups of a cluster on this host.
-func Logical(c *config.Config, name string, st store.Store, a repo.Access, log *slog.Logger) (*backup.Logical, error) {
-	settings, err := c.Cluster(name)
-	if err != nil {
-		return nil, err
-	}
-	at, err := Cluster(settings)
-	if err != nil {
-		return nil, err
-	}
-	s := settings.Logical
-	return &backup.Logical{Name: name, Host: string(c.Host), Cluster: at, Spool: string(c.Spool), Log: log,
-		Open:      func(ctx context.Context) (*repo.Repo, error) { return repo.Open(ctx, st, a) },
-		Databases: s.Databases, Exclude: s.Exclude, Jobs: s.Jobs, RolePasswords: s.RolePasswords,
-		StallAfter: s.StallTimeout, LockWait: s.LockWait}, nil
-}
-
-// Physical returns who takes the physical backups of a cluster on this host.
-func Physical(c *config.Config, name string, st store.Store, a repo.Access, log *slog.Logger) (*backup.Physical, error) {
-	settings, err := c.Cluster(name)
-	if err != nil {
-		return nil, err
-	}
-	at, err := Cluster(settings)
-	if err != nil {
-		return nil, err
-	}
-	s := settings.Physical
-	return &backup.Physical{Name: name, Host: string(c.Host), Cluster: at, Spool: string(c.Spool), Log: log,
-		Open:    func(ctx context.Context) (*repo.Repo, error) { return repo.Open(ctx, st, a) },
-		Readers: s.Readers, SpreadCheckpoint: s.SpreadCheckpoint, WALWait: s.WALWait,
-		Pace: backup.Pace{Rate: int64(s.Rate), MaxLag: int64(s.MaxStandbyLag), MaxLatency: s.MaxReadLatency}}, nil
-}
-
-// Notifier returns who tells people how runs end; nil if there is nobody to tell.
-func Notifier(c config.Notify) (*notify.Notifier, error) {
-	webhook, ping, err := c.Addresses()
-	if err != nil {
-		return nil, fmt.Errorf("notify: %w", err)
-	}
-	if webhook.Reveal() == "" && ping.Reveal() == "" {
-		return nil, nil
-	}
-	n, err := notify.New(webhook.Reveal(), ping.Reveal(), c.All)
-	if err != nil {
-		return nil, fmt.Errorf("notify: %w", err)
-	}
-	return n, nil
 }
