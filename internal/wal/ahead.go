@@ -30,6 +30,7 @@ const (
 	stint     = 10 * time.Second      // of a process that looks ahead, in which it begins files
 	lastFiles = time.Minute           // for those it has begun
 	lookEvery = 10 * time.Millisecond // between looks at how far PostgreSQL is
+	waitEvery = 5 * time.Millisecond  // between looks at whether a file is sent
 )
 
 // PushAhead archives the files that wait behind one, and leaves a record of each
@@ -112,27 +113,30 @@ func (p *push) sent(n pg.WALName) bool {
 }
 
 // archived reports whether a file is archived already: whether there is a record.
-// For one that another process is sending, it waits.
+// For one that another process is sending, it waits, for half of the time there
+// is: the other half is for sending it after all.
 func (p *push) archived(ctx context.Context, n pg.WALName) bool {
-	var giveUp <-chan time.Time
+	if deadline, ok := ctx.Deadline(); ok {
+		half, cancel := context.WithTimeout(ctx, time.Until(deadline)/2)
+		defer cancel()
+		p.awaitSent(half, n)
+	} else {
+		p.awaitSent(ctx, n)
+	}
+	return p.recorded(ctx, n)
+}
+
+// awaitSent waits while another process is sending a file. That has ended when
+// its mark has gone, or the process.
+func (p *push) awaitSent(ctx context.Context, n pg.WALName) {
 	for {
-		_, err := os.Stat(filepath.Join(p.instance.Dir, pushedDir, sendingName(n)))
-		sending := err == nil // looked at first: what is sent now is found below
-		if p.recorded(ctx, n) {
-			return true
-		}
-		if !sending || !p.busy() {
-			return false
-		}
-		if deadline, ok := ctx.Deadline(); ok && giveUp == nil {
-			giveUp = time.After(time.Until(deadline) / 2) // the other half is for sending it after all
+		if _, err := os.Stat(filepath.Join(p.instance.Dir, pushedDir, sendingName(n))); err != nil || !p.busy() {
+			return
 		}
 		select {
-		case <-time.After(pollEvery):
-		case <-giveUp:
-			return false
+		case <-time.After(waitEvery):
 		case <-ctx.Done():
-			return false
+			return
 		}
 	}
 }
