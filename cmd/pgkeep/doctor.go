@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,12 +11,14 @@ import (
 	"time"
 
 	"github.com/urfave/cli/v2"
+	enumspb "go.temporal.io/api/enums/v1"
 
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/health"
 	"github.com/pgkeep/pgkeep/internal/open"
 	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/workflows"
 )
 
 func doctorCommand(e *env) *cli.Command {
@@ -52,9 +55,9 @@ func (e *env) doctor(ctx context.Context, only string, asJSON bool) error {
 		return err
 	}
 	found := bucket.Findings(health.Part{Writes: len(writes(cfg)) > 0, Deletes: expires(cfg)})
-	schedules, noSchedules := e.schedules(ctx)
-	if noSchedules != nil {
-		found = append(found, health.Finding{Name: string(fail.TemporalDown), Severity: health.Warning, What: "nothing is known of schedules: " + oneLine(noSchedules.Error()), Fix: fail.HintOf(noSchedules)})
+	work, noTemporal := e.askTemporal(ctx, cfg)
+	if noTemporal != nil {
+		found = append(found, health.Finding{Name: string(fail.TemporalDown), Severity: health.Warning, What: "nothing is known of schedules: " + oneLine(noTemporal.Error()), Fix: fail.HintOf(noTemporal)})
 	}
 	var dumps, sandboxes int64 // bytes that are needed for the largest cluster
 	for _, name := range slices.Sorted(maps.Keys(cfg.Clusters)) {
@@ -72,8 +75,8 @@ func (e *env) doctor(ctx context.Context, only string, asJSON bool) error {
 		if slices.Contains(x.kinds, string(config.KindRestoreTest)) {
 			sandboxes = max(sandboxes, x.bytes)
 		}
-		if noSchedules == nil {
-			found = append(found, health.FindSchedules(string(name), schedules[string(name)], x.kinds, time.Now())...)
+		if noTemporal == nil {
+			found = append(found, work[name].Findings(time.Now())...)
 		}
 	}
 	spool := health.AskDisk("dumps, and packs not yet sent", string(cfg.Spool), true)
@@ -95,6 +98,33 @@ func writes(cfg *config.Config) (names []string) {
 		}
 	}
 	return names
+}
+
+// askTemporal learns what Temporal is to do for each cluster of the
+// configuration, and whether there is anybody to do it.
+func (e *env) askTemporal(ctx context.Context, cfg *config.Config) (map[config.Name]health.Work, error) {
+	s, err := e.temporal(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer s.Close()
+	schedules, err := e.schedulesOn(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	all := make(map[config.Name]health.Work)
+	for name, c := range cfg.Clusters {
+		w := health.Work{Cluster: string(name), Have: schedules[string(name)], Wanted: scheduled(cfg, string(name)), Host: string(cmp.Or(c.Host, cfg.Host))}
+		queue, err := s.DescribeTaskQueue(ctx, workflows.HostQueue(w.Host), enumspb.TASK_QUEUE_TYPE_ACTIVITY)
+		if err != nil {
+			return nil, fmt.Errorf("ask who serves host %s: %w", w.Host, err)
+		}
+		for _, poller := range queue.Pollers { // the server remembers one for some minutes
+			w.Served = w.Served || time.Since(poller.LastAccessTime.AsTime()) < 2*time.Minute
+		}
+		all[name] = w
+	}
+	return all, nil
 }
 
 // expires reports whether this host is to remove what is not needed any more.
@@ -148,7 +178,8 @@ type examination struct {
 func (e *env) examine(ctx context.Context, cfg *config.Config, r *repo.Repo, name string) (x examination, err error) {
 	now := time.Now()
 	x.kinds = scheduled(cfg, name)
-	x.duty = health.Duty{Physical: slices.Contains(x.kinds, string(repo.Physical)), Logical: slices.Contains(x.kinds, string(repo.Logical))}
+	audits := slices.Contains(x.kinds, string(config.KindWALAudit)) // of a log that is archived
+	x.duty = health.Duty{Physical: audits || slices.Contains(x.kinds, string(repo.Physical)), Logical: slices.Contains(x.kinds, string(repo.Logical))}
 	if r != nil {
 		looking, cancel := context.WithTimeout(ctx, 10*patience)
 		defer cancel()

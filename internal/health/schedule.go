@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/human"
 )
 
@@ -22,17 +23,28 @@ type Schedule struct {
 	Skipped  int // starts given up because a run was still going on
 }
 
-// FindSchedules finds what is wrong with the schedules of a cluster: those of the
-// kinds that are wanted must be there.
-func FindSchedules(cluster string, have []Schedule, wanted []string, now time.Time) []Finding {
-	f := &findings{cluster: cluster}
-	if len(have) == 0 && len(wanted) == 0 {
+// Work is what Temporal is to do for a cluster.
+type Work struct {
+	Cluster string
+	Have    []Schedule
+	Wanted  []string // kinds of those that must be there
+	Host    string   // whose worker does it
+	Served  bool     // there is such a worker
+}
+
+// Findings are what is wrong with the work.
+func (w Work) Findings(now time.Time) []Finding {
+	f := &findings{cluster: w.Cluster}
+	if len(w.Have)+len(w.Wanted) > 0 && !w.Served {
+		f.add(string(fail.NoWorker), Critical, "start pgkeep worker on "+w.Host, "no worker serves host %s: nothing that starts there gets on", w.Host)
+	}
+	if len(w.Have)+len(w.Wanted) == 0 {
 		f.add("unscheduled", Warning, "write schedules into the configuration, then: pgkeep schedule apply", "nothing starts backups by itself")
 	}
 	found := make(map[string]bool)
-	for _, s := range have {
+	for _, s := range w.Have {
 		found[s.Kind] = true
-		name := cluster + "/" + s.Kind
+		name := w.Cluster + "/" + s.Kind
 		switch {
 		case s.Paused:
 			note := ""
@@ -47,9 +59,9 @@ func FindSchedules(cluster string, have []Schedule, wanted []string, now time.Ti
 			f.add("schedule-ended", Warning, "pgkeep schedule apply", "schedule %s has no next start", name)
 		}
 	}
-	for _, kind := range wanted {
+	for _, kind := range w.Wanted {
 		if !found[kind] {
-			f.add("schedule-missing", Critical, "pgkeep schedule apply", "schedule %s/%s stands in the configuration, and the Temporal server does not have it", cluster, kind)
+			f.add("schedule-missing", Critical, "pgkeep schedule apply", "schedule %s/%s stands in the configuration, and the Temporal server does not have it", w.Cluster, kind)
 		}
 	}
 	return f.all

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -201,6 +202,14 @@ func TestServerFindings(t *testing.T) {
 	if f := eventually(t, "pg-dump", true, p.ask(both)); f.Severity != health.Critical || !strings.Contains(f.Fix, "postgresql-client-") {
 		t.Errorf("%+v", f)
 	}
+	for _, name := range []string{"pg_dump", "pg_dumpall", "pg_restore"} { // of another time
+		if err := os.WriteFile(filepath.Join(p.at.BinDir, name), []byte("#!/bin/sh\necho '"+name+" (PostgreSQL) 14.10'\n"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if f := eventually(t, "pg-dump", true, p.ask(both)); !strings.Contains(f.What, "too old") {
+		t.Errorf("%+v", f)
+	}
 	p.at.BinDir = ""
 	eventually(t, "pg-dump", false, p.ask(both))
 	p.at.Conninfo = strings.Replace(p.Conninfo(), "port=5432", "port=5433", 1)
@@ -295,8 +304,40 @@ func TestDiskFindings(t *testing.T) {
 	if left, _ := os.ReadDir(dir); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
 	}
-	d.Needs = d.Free + 1<<30
-	if f, ok := find(d.Findings("main"), "disk-space"); !ok || f.Severity != health.Warning || f.Cluster != "main" {
+	// A real disk that fills up.
+	if err := syscall.Mount("none", dir, "tmpfs", 0, "size=1m,mode=0700"); err != nil {
+		t.Fatalf("mount a small file system (it takes root): %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	ask := func() []health.Finding { return health.AskDisk("dumps", dir, true).Findings("main") }
+	if found := ask(); len(found) > 0 {
+		t.Errorf("of an empty disk: %+v", found)
+	}
+	fill := filepath.Join(dir, "fill")
+	for _, c := range []struct {
+		bytes int
+		want  health.Severity
+	}{{1<<20 - 40<<10, health.Warning}, {1<<20 - 8<<10, health.Critical}} {
+		if err := os.WriteFile(fill, make([]byte, c.bytes), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if f, ok := find(ask(), "disk-space"); !ok || f.Severity != c.want || f.Cluster != "main" || !strings.Contains(f.Fix, dir) {
+			t.Errorf("with %d bytes taken: %+v", c.bytes, f)
+		}
+	}
+	if err := os.Remove(fill); err != nil {
+		t.Fatal(err)
+	}
+	if found := ask(); len(found) > 0 {
+		t.Errorf("after space was freed: %+v", found)
+	}
+	d = health.AskDisk("dumps", dir, true)
+	d.Needs = 2 << 20 // for what is to come
+	if f, ok := find(d.Findings("main"), "disk-space"); !ok || f.Severity != health.Warning {
 		t.Errorf("of a disk that is too small: %+v", f)
 	}
 }

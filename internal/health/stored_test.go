@@ -148,18 +148,20 @@ func TestScheduleFindings(t *testing.T) {
 	for what, c := range map[string]struct {
 		have   []health.Schedule
 		wanted []string
+		served bool
 		at     time.Time
 		want   string
 	}{
-		"nothing":                        {nil, nil, now, "unscheduled"},
-		"not applied":                    {[]health.Schedule{good}, []string{"physical", "logical"}, now, "schedule-missing"},
-		"as it should be":                {[]health.Schedule{good}, []string{"physical"}, now, ""},
-		"paused":                         {[]health.Schedule{paused}, []string{"physical"}, now, "schedule-paused"},
-		"running":                        {[]health.Schedule{running}, nil, now, ""},
-		"running into the next start":    {[]health.Schedule{running}, nil, now.Add(day), "schedule-skipping"},
-		"one that never starts anything": {[]health.Schedule{ended}, nil, now, "schedule-ended"},
+		"nothing":                        {nil, nil, false, now, "unscheduled"},
+		"not applied":                    {[]health.Schedule{good}, []string{"physical", "logical"}, true, now, "schedule-missing"},
+		"as it should be":                {[]health.Schedule{good}, []string{"physical"}, true, now, ""},
+		"nobody works":                   {[]health.Schedule{good}, []string{"physical"}, false, now, "no-worker"},
+		"paused":                         {[]health.Schedule{paused}, []string{"physical"}, true, now, "schedule-paused"},
+		"running":                        {[]health.Schedule{running}, nil, true, now, ""},
+		"running into the next start":    {[]health.Schedule{running}, nil, true, now.Add(day), "schedule-skipping"},
+		"one that never starts anything": {[]health.Schedule{ended}, nil, true, now, "schedule-ended"},
 	} {
-		found := health.FindSchedules("main", c.have, c.wanted, c.at)
+		found := health.Work{Cluster: "main", Have: c.have, Wanted: c.wanted, Host: "db1", Served: c.served}.Findings(c.at)
 		if got := strings.Join(names(found), ", "); got != c.want {
 			t.Errorf("%s: found %q, want %q", what, got, c.want)
 		}
