@@ -189,11 +189,11 @@ func TestPushOutlivesKillAtEverySystemCall(t *testing.T) {
 	}
 }
 
-// TestPushOutlivesItsHelper kills what sends files ahead, under strace, with
+// TestPushOutlivesKillOfItsHelper kills what sends files ahead, under strace, with
 // SIGKILL at its system calls: at some of them, with PGKEEP_TEST_KILLS=all at
 // each that points names. What the bucket shows then is whole, and every push
 // succeeds.
-func TestPushOutlivesItsHelper(t *testing.T) {
+func TestPushOutlivesKillOfItsHelper(t *testing.T) {
 	s := newStraced(t, 4)
 	args := []string{pushAhead, "--config", s.host, "--cluster", "main", "--pgdata", s.pg.DataDir, "--after", s.segments[0]}
 	s.forget()
