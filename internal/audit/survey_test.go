@@ -323,14 +323,14 @@ func TestC9WhatWasLetGoIsNoHole(t *testing.T) {
 	before, _ := b.survey(audit.Ledger{})
 	old := audit.Base{ID: "old", Timeline: 1, Start: 5<<20 + 100, Stop: 8<<20 - 100, Finished: epoch}
 	newer := audit.Base{ID: "newer", Timeline: 1, Start: 1001<<20 + 100, Stop: 1003<<20 - 100, Finished: epoch}
-	if _, err := b.r.RaiseFloors(t.Context(), b.a, []repo.Floor{{Timeline: 1, From: 1000 << 20}}, epoch); err != nil {
+	if _, err := b.r.RaiseFloors(t.Context(), b.a, []repo.Floor{{Timeline: 1, From: 1000 << 20}}, epoch, 0); err != nil {
 		t.Fatal(err)
 	}
 	needed := func(n pg.WALName) bool {
 		at, err := n.Start(1 << 20)
 		return err != nil || at>>20 == 5 || at>>20 == 6 // 7 is lost
 	}
-	if done, err := b.r.RemoveWAL(t.Context(), b.a, 1<<20, needed); err != nil || done.Objects != 997 {
+	if done, err := b.r.RemoveWAL(t.Context(), b.a, 1<<20, epoch, needed); err != nil || done.Objects != 997 {
 		t.Fatalf("%+v, %v", done, err)
 	}
 	l, _ := b.survey(before)

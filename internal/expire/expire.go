@@ -105,7 +105,8 @@ func (d Done) Refused() (why []string) {
 //
 // The order of things is what keeps every listed backup whole: marks first; then
 // what marked backups hold; and of the log only what no backup needs that has a
-// manifest still, after it is recorded that it may be missing.
+// manifest still, and what no plan needed for a grace, after it was recorded that it
+// may be missing.
 func (x *Expirer) Apply(ctx context.Context, o Order) (done Done, err error) {
 	r, err := x.Open(ctx)
 	if err != nil {
@@ -115,7 +116,8 @@ func (x *Expirer) Apply(ctx context.Context, o Order) (done Done, err error) {
 }
 
 func (x *Expirer) apply(ctx context.Context, r *repo.Repo, o Order, now func() time.Time) (done Done, err error) {
-	p, err := x.plan(ctx, r, now())
+	at := now() // one moment for all that is decided, and it is compared with the store's
+	p, err := x.plan(ctx, r, at)
 	if err != nil {
 		return done, err
 	}
@@ -136,7 +138,7 @@ func (x *Expirer) apply(ctx context.Context, r *repo.Repo, o Order, now func() t
 		if v.Keep || v.Deleted || !slices.Contains(o.Backups, v.ID) {
 			continue
 		}
-		err := r.Mark(ctx, repo.Ref{Cluster: x.Name, ID: v.ID}, now(), x.Policy.Grace, v.Reasons...)
+		err := r.Mark(ctx, repo.Ref{Cluster: x.Name, ID: v.ID}, at, x.Policy.Grace, v.Reasons...)
 		switch {
 		case err == nil:
 			done.Marked = append(done.Marked, v.ID)
@@ -147,24 +149,20 @@ func (x *Expirer) apply(ctx context.Context, r *repo.Repo, o Order, now func() t
 	if err := r.RenewLatest(ctx, x.Name); err != nil {
 		return done, fmt.Errorf("expire %s: %w", x.Name, err)
 	}
-	if done.Swept, err = r.Sweep(ctx, x.Name, now()); err != nil {
+	if done.Swept, err = r.Sweep(ctx, x.Name, at); err != nil {
 		return done, fmt.Errorf("expire %s: %w", x.Name, err)
 	}
-	if p, err = x.plan(ctx, r, now()); err != nil { // what is left
+	if p, err = x.plan(ctx, r, at); err != nil { // what is left
 		return done, err
 	}
 	if len(p.Against) > 0 {
 		return done, p.Err(0)
 	}
 	for _, w := range p.WAL {
-		if len(w.Floors) == 0 {
-			continue
-		}
-		_, err := r.RaiseFloors(ctx, w.Archive, w.Floors, now())
-		if err != nil {
+		if _, err := r.RaiseFloors(ctx, w.Archive, w.Floors, at, x.Policy.Grace); err != nil {
 			return done, fmt.Errorf("expire %s: %w", x.Name, err)
 		}
-		removed, err := r.RemoveWAL(ctx, w.Archive, w.SegmentSize, w.Needed)
+		removed, err := r.RemoveWAL(ctx, w.Archive, w.SegmentSize, at.Add(-x.Policy.Grace), w.Needed)
 		if removed.Objects > 0 || removed.Refused != nil {
 			done.WAL = append(done.WAL, RemovedWAL{w.Archive, removed})
 		}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/fault"
+	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/store"
 )
@@ -248,11 +249,12 @@ func TestFloorsOnlyRise(t *testing.T) {
 		want   []repo.Floor
 	}{
 		{[]repo.Floor{{1, 5 << 20}}, 1, []repo.Floor{{1, 5 << 20}}},
-		{[]repo.Floor{{1, 4 << 20}}, 1, []repo.Floor{{1, 5 << 20}}},
-		{[]repo.Floor{{3, 1 << 20}, {1, 4 << 20}}, 2, []repo.Floor{{1, 5 << 20}, {3, 1 << 20}}},
-		{[]repo.Floor{{1, 9 << 20}}, 3, []repo.Floor{{1, 9 << 20}, {3, 1 << 20}}},
+		{[]repo.Floor{{1, 5 << 20}}, 1, []repo.Floor{{1, 5 << 20}}},
+		{[]repo.Floor{{1, 4 << 20}}, 2, []repo.Floor{{1, 5 << 20}}},
+		{[]repo.Floor{{3, 1 << 20}, {1, 4 << 20}}, 3, []repo.Floor{{1, 5 << 20}, {3, 1 << 20}}},
+		{[]repo.Floor{{1, 9 << 20}}, 4, []repo.Floor{{1, 9 << 20}, {3, 1 << 20}}},
 	} {
-		if _, err := r.RaiseFloors(ctx, archive, step.floors, now); err != nil {
+		if _, err := r.RaiseFloors(ctx, archive, step.floors, now, 0); err != nil {
 			t.Fatal(err)
 		}
 		e, err := r.Expiry(ctx, archive)
@@ -261,6 +263,56 @@ func TestFloorsOnlyRise(t *testing.T) {
 		}
 	}
 	if n := len(objects(t, b.st)); n != 3 { // marker, and the last two
+		t.Errorf("%d objects", n)
+	}
+}
+
+// What goes was let go by each plan of a grace: neither a slip of the window that
+// was put right, nor a second one, removes anything before.
+func TestC9OnlyWhatEachPlanOfAGraceLetGoIsFree(t *testing.T) {
+	b := setup(t, new(store.Mem), false)
+	r := b.open(t, b.operator)
+	for n := pg.LSN(1); n <= 9; n++ {
+		text, err := pg.SegmentName(1, n<<20, 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		name, err := pg.ParseWALName(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := putWAL(r, name, make([]byte, 1<<20)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const day, grace = 24 * time.Hour, 7 * 24 * time.Hour
+	for _, step := range []struct {
+		day, floor pg.LSN
+		left       int
+	}{
+		{0, 3, 9}, {1, 8, 9}, {2, 4, 9}, // the slip of day 1 was put right
+		{6, 4, 9}, {7, 4, 7}, {8, 4, 6}, {9, 9, 6}, // and another on day 9
+		{10, 5, 6}, {15, 5, 6}, {16, 5, 5}, {17, 5, 5}, {30, 5, 5},
+	} {
+		at := now.Add(time.Duration(step.day) * day)
+		if _, err := r.RaiseFloors(ctx, archive, []repo.Floor{{1, step.floor << 20}}, at, grace); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.RemoveWAL(ctx, archive, 1<<20, at.Add(-grace), func(n pg.WALName) bool { return false }); err != nil {
+			t.Fatal(err)
+		}
+		left := 0
+		for _, err := range r.ListWAL(ctx, archive, 1, pg.WALName{}) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			left++
+		}
+		if left != step.left {
+			t.Errorf("on day %d %d segments are left, want %d", step.day, left, step.left)
+		}
+	}
+	if n := len(objects(t, b.st)); n != 1+5+3 { // marker, segments, what counts of the expiries
 		t.Errorf("%d objects", n)
 	}
 }

@@ -50,8 +50,8 @@ type decider struct {
 
 	all  []*entry  // oldest first
 	from time.Time // where the window begins, and a little before: clocks differ
-	// walFrom is from when on the log is kept: a grace before from, or the
-	// beginning of a backup under way.
+	// walFrom is from when on the log is needed: from, or the beginning of a backup
+	// under way.
 	walFrom time.Time
 	blind   bool // what is there is not all known: everything stays
 }
@@ -72,9 +72,6 @@ func (e *entry) keep(format string, args ...any) {
 
 // alive reports whether e is finished and not marked.
 func (e *entry) alive() bool { return e.Err == nil && !e.Unfinished && e.Deleted == nil }
-
-// usable reports whether e leads somewhere, if it is brought back.
-func (e *entry) usable() bool { return e.Err == nil && !e.Unfinished && e.bad == "" }
 
 // good reports whether e counts.
 func (e *entry) good() bool { return e.alive() && e.bad == "" }
@@ -162,7 +159,7 @@ func date(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05Z") }
 
 // keep gives each backup its reasons.
 func (d *decider) keep() {
-	d.walFrom = d.from.Add(-d.policy.Grace)
+	d.walFrom = d.from
 	pinnedBy := make(map[repo.ID]repo.ID)
 	for _, e := range d.all {
 		for _, h := range e.Holds {

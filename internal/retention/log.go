@@ -73,7 +73,7 @@ func (d *decider) archive(l audit.Ledger) WAL {
 		for _, n := range names {
 			w.own[n.String()] = true
 		}
-		if e.usable() {
+		if e.good() {
 			bases = append(bases, e)
 		}
 	}
@@ -86,7 +86,7 @@ func (d *decider) archive(l audit.Ledger) WAL {
 		if !live || !d.inUse(t, bases) {
 			continue
 		}
-		if into := d.leadsIn(l, t.ID, slices.DeleteFunc(slices.Clone(bases), func(e *entry) bool { return !e.good() }), d.from); into != nil {
+		if into := d.leadsIn(l, t.ID, bases, d.from); into != nil {
 			if d.policy.Window > 0 {
 				into.keep("window: timeline %d from %s on", t.ID, date(d.facts.Now.Add(-d.policy.Window)))
 			} else {
@@ -123,7 +123,7 @@ func (d *decider) archive(l audit.Ledger) WAL {
 		}
 		w.from[t.ID] = from // what is there may lead on from below the floor
 		w.Segments += w.going(t, from)
-		if from = max(from, t.Floor); from > 0 {
+		if from > 0 {
 			w.Floors = append(w.Floors, repo.Floor{Timeline: t.ID, From: from})
 		}
 	}

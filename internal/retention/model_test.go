@@ -37,6 +37,7 @@ type model struct {
 	systems []*system
 	backups []*backup // by their beginning
 	talks   bool
+	slipped bool // the window changed
 	log     []string
 	kept    tally
 }
@@ -47,6 +48,7 @@ type tally struct{ runs, refused, marked, purged, undeleted, segments, promised 
 type system struct {
 	archive   repo.Archive
 	timelines []*timeline // all that there ever were
+	expiries  []repo.Expiry
 	current   *timeline
 }
 
@@ -63,8 +65,9 @@ type timeline struct {
 
 // A piece is a segment. The zero time: it was never archived.
 type piece struct {
-	when  time.Time
-	there bool
+	when   time.Time
+	there  bool
+	needed time.Time // by the last plan that was carried out and whose floor is not above it
 }
 
 type backup struct {
@@ -221,6 +224,10 @@ func (m *model) step() error {
 				m.note("%s is brought back", b.ID)
 			}
 		}
+	case n == 33 && m.rnd.IntN(4) == 0: // by a slip, or for good
+		m.policy.Window = time.Duration(m.rnd.IntN(8)) * day
+		m.slipped = true
+		m.note("window %v", m.policy.Window)
 	case n < 36:
 		return m.expire()
 	default:
@@ -382,7 +389,7 @@ func (m *model) expire() error {
 	}
 	after := m.reached(true)
 	for piece := range back {
-		if piece.when.After(since.Add(-m.policy.Grace)) && !after[piece] {
+		if !m.slipped && !piece.needed.IsZero() && piece.when.After(since.Add(-m.policy.Grace)) && !after[piece] {
 			return fmt.Errorf("a moment of %v is lost within the grace; window from %v", piece.when, since)
 		}
 	}
@@ -413,50 +420,70 @@ func (m *model) expire() error {
 			return fmt.Errorf("a second run lets %v go", ids)
 		}
 		for _, w := range again.WAL {
-			if w.Segments > 0 {
-				return fmt.Errorf("a second run removes %d segments more", w.Segments)
+			if more, _, err := m.free(w); err != nil || len(more) > 0 {
+				return fmt.Errorf("a second run removes %d segments more, %v", len(more), err)
 			}
 		}
 	}
 	return nil
 }
 
+// removeWAL records a plan, and removes what may go.
 func (m *model) removeWAL(w retention.WAL, cut bool) error {
-	i := slices.IndexFunc(m.systems, func(s *system) bool { return s.archive == w.Archive })
-	removed := 0
+	s := m.systems[slices.IndexFunc(m.systems, func(s *system) bool { return s.archive == w.Archive })]
+	s.expiries = append(s.expiries, repo.Expiry{Plan: w.Floors, ExpiredAt: m.now})
 	for _, f := range w.Floors {
-		for _, t := range m.systems[i].timelines {
-			if t.id != f.Timeline {
-				continue
-			}
-			if f.From < t.floor {
-				return fmt.Errorf("the floor of timeline %d falls", t.id)
-			}
-			if f.From > t.floor {
+		for _, t := range s.timelines {
+			if t.id == f.Timeline && f.From > t.floor {
+				t.floor = f.From
 				m.note("floor of timeline %d of %v: segment %d", t.id, w.System, f.From/pg.LSN(size))
-			}
-			t.floor = f.From
-			for k, piece := range t.segments {
-				at := pg.LSN(t.first+k) * pg.LSN(size)
-				name, _ := pg.SegmentName(t.id, at, size)
-				n, err := pg.ParseWALName(name)
-				if err != nil {
-					return err
-				}
-				if at >= f.From || !piece.there || w.Needed(n) {
-					continue
-				}
-				removed++
-				if !cut || m.rnd.IntN(2) == 0 {
-					piece.there = false
-				}
 			}
 		}
 	}
-	if m.kept.segments += removed; removed != w.Segments {
-		return fmt.Errorf("%d segments go, the plan said %d", removed, w.Segments)
+	going, planned, err := m.free(w)
+	if err != nil {
+		return err
+	}
+	if m.kept.segments += len(going); planned != w.Segments {
+		return fmt.Errorf("%d segments can go, the plan said %d", planned, w.Segments)
+	}
+	for _, piece := range going {
+		if !piece.needed.IsZero() && m.now.Sub(piece.needed) < m.policy.Grace {
+			return fmt.Errorf("a segment of %v goes, and was needed until %v", piece.when, piece.needed)
+		}
+		if !cut || m.rnd.IntN(2) == 0 {
+			piece.there = false
+		}
 	}
 	return nil
+}
+
+// free are the segments that may go now, and how many of them and of others the
+// plan needs no more. Those from its floor on are noted.
+func (m *model) free(w retention.WAL) (going []*piece, planned int, err error) {
+	s := m.systems[slices.IndexFunc(m.systems, func(s *system) bool { return s.archive == w.Archive })]
+	for _, t := range s.timelines {
+		for k, piece := range t.segments {
+			at := pg.LSN(t.first+k) * pg.LSN(size)
+			name, _ := pg.SegmentName(t.id, at, size)
+			n, err := pg.ParseWALName(name)
+			if err != nil {
+				return nil, 0, err
+			}
+			if above := (repo.Expiry{Floors: w.Floors}).Floor(t.id) <= at; above && w.Needed(n) {
+				piece.needed = m.now
+			}
+			switch {
+			case !piece.there, w.Needed(n):
+			case at < repo.Free(s.expiries, m.now.Add(-m.policy.Grace), t.id):
+				planned++
+				going = append(going, piece)
+			default:
+				planned++
+			}
+		}
+	}
+	return going, planned, nil
 }
 
 // verdicts checks what must be kept by rules that need no log, in the plainest

@@ -25,9 +25,9 @@ type Policy struct {
 	Daily, Weekly, Monthly int
 	// Min is how many good backups stay in any case; at least 1.
 	Min int
-	// Grace is for how long a backup that was let go can be brought back, and
-	// for how much longer than the window the log stays: a restore that began
-	// while a moment could be reached comes to its end. 0: all goes at once.
+	// Grace is for how long a backup that was let go can be brought back, and the
+	// log stays that nothing needs any more: a restore that began while a moment
+	// could be reached comes to its end. 0: all goes at once.
 	Grace time.Duration
 }
 
@@ -77,7 +77,7 @@ type WAL struct {
 	repo.Archive
 	SegmentSize pg.SegmentSize `json:"segment_size"`
 	Floors      []repo.Floor   `json:"floors,omitempty"` // below them, segments go that no backup needs itself
-	Segments    int            `json:"segments"`         // how many go
+	Segments    int            `json:"segments"`         // how many can go; they do a grace after that was first recorded
 	Why         string         `json:"why"`              // what the floors rest on, or why nothing goes
 
 	own  map[string]bool        // names of the segments that backups need themselves

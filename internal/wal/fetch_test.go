@@ -291,7 +291,7 @@ func TestC9WhatWasLetGoIsNotTheEndOfTheLog(t *testing.T) {
 		if err != nil || len(archives) != 1 {
 			t.Fatal(archives, err)
 		}
-		if _, err := r.RaiseFloors(ctx, archives[0], []repo.Floor{{Timeline: 1, From: 0x45 << 20}}, time.Now()); err != nil {
+		if _, err := r.RaiseFloors(ctx, archives[0], []repo.Floor{{Timeline: 1, From: 0x45 << 20}}, time.Now(), 0); err != nil {
 			t.Fatal(err)
 		}
 		for name, want := range map[string]error{"42": nil, "43": fail.Unreachable, "45": nil, "46": wal.ErrAbsent} {
