@@ -12,9 +12,9 @@ import (
 // Wherever a run is cut, at each deletion and at each write, every backup that is
 // listed restores, every moment of the window can be reached, and the next run
 // finishes. PGKEEP_TEST_EXPIRE_RUNS is how many runs are cut, at each deletion and at
-// some writes; if it is not set, 21 are, at some of both.
+// some writes; if it is not set, 12 are, at some of both.
 func TestC5C9ACrashAtEachDeletion(t *testing.T) {
-	runs, each := 21, false
+	runs, each := 12, false
 	if n, err := strconv.Atoi(os.Getenv("PGKEEP_TEST_EXPIRE_RUNS")); err == nil {
 		runs, each = n, true
 	}

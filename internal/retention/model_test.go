@@ -19,7 +19,7 @@ import (
 )
 
 var (
-	histories   = flag.Int("histories", 4000, "random histories to play")
+	histories   = flag.Int("histories", 2000, "random histories to play")
 	historyFrom = flag.Uint64("history", 1, "seed of the first")
 )
 
