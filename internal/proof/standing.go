@@ -38,7 +38,7 @@ func Judge(proofs []repo.ListedProof) (s Standing) {
 		if p.Err != nil || json.Unmarshal(p.Report, &rep) != nil {
 			continue
 		}
-		if !p.Passed && fail.KindOf(rep.Err()) != fail.ProofFailed {
+		if troubled(p.Passed, rep) {
 			s.Trouble, s.Troubled = p.Proof, rep
 			continue
 		}
@@ -49,6 +49,11 @@ func Judge(proofs []repo.ListedProof) (s Standing) {
 		}
 	}
 	return s
+}
+
+// troubled reports whether a test came to no answer.
+func troubled(passed bool, rep Report) bool {
+	return !passed && fail.KindOf(rep.Err()) != fail.ProofFailed
 }
 
 // State at a time, if a proof counts for that long. 0: for ever.

@@ -22,6 +22,9 @@ type Proof struct {
 	Host       string    `json:"host"` // where it was made
 	FinishedAt time.Time `json:"finished_at"`
 	Passed     bool      `json:"passed"`
+	// Trouble: the test came to no answer, as when a disk was full or the store
+	// away. It says nothing of the backup.
+	Trouble bool `json:"trouble,omitempty"`
 
 	// Report is what was measured, in numbers and in names of checks. It is
 	// never encrypted.

@@ -151,3 +151,21 @@ func TestProofNeedsItsBackup(t *testing.T) {
 		t.Errorf("left: %s", o.Key)
 	}
 }
+
+// A full disk of the tester's says nothing of a backup that was proven.
+func TestATestWithoutAnswerHidesNone(t *testing.T) {
+	b := setup(t, new(store.Mem), false)
+	root, _ := tree(t)
+	backUp(t, b.r, root)
+	passed, trouble := proofOf(t, b.r, now.Add(time.Hour)), proofOf(t, b.r, now.Add(2*time.Hour))
+	trouble.Passed, trouble.Trouble = false, true
+	for _, p := range []repo.Proof{passed, trouble} {
+		if err := b.r.WriteProof(ctx, p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all, err := b.r.Records(ctx, "main")
+	if err != nil || len(all) != 1 || all[0].Proof == nil || all[0].Proof.Test != passed.Test {
+		t.Errorf("%+v, %v", all, err)
+	}
+}

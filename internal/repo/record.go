@@ -22,7 +22,8 @@ type Record struct {
 	// Deleted is nil for one that is not.
 	Deleted *Tombstone
 	Holds   []Hold
-	// Proof is the newest restore test that can be believed; nil: there is none.
+	// Proof is the newest restore test that can be believed and came to an answer;
+	// nil: there is none.
 	Proof *Proof
 }
 
@@ -105,9 +106,10 @@ func (r *Repo) record(ctx context.Context, b *Record, names []string) (gone bool
 			}
 		case ok && b.Proof == nil && idForm.MatchString(test):
 			p, perr := r.proof(ctx, ref, ID(test))
-			if perr == nil {
+			switch {
+			case perr == nil && !p.Trouble:
 				b.Proof = &p
-			} else if !damaged(perr) {
+			case perr != nil && !damaged(perr):
 				err = perr
 			}
 		}
