@@ -144,7 +144,8 @@ func (r *Repo) Undelete(ctx context.Context, b Ref) error {
 
 // Delete removes a backup, finished or not, and every object that nobody else
 // needs: packs that another backup refers to stay, and go with the last that
-// does. It also clears away what earlier deletions had to leave. It may be
+// does. It also clears away what earlier deletions had to leave; of those that can be
+// brought back yet, or could by another clock, it touches none. It may be
 // repeated until it succeeds, wherever it was cut, and returns how many objects
 // were removed. Deleting what is not there is fail.NoBackup, and what somebody
 // holds fail.Held.
@@ -188,7 +189,8 @@ func (r *Repo) Sweep(ctx context.Context, cluster string, now time.Time) (Swept,
 	return r.sweep(ctx, cluster, now, "")
 }
 
-// sweep removes what tombstones allow, and that of one backup before its time: of
+// sweep removes what tombstones allow; or, of one backup at once and of those that
+// have no grace, so that no clock decides: of
 // each that nobody pins or holds its manifest, its packs that nobody needs, then
 // its lists, draft, intent, and last the tombstone; and packs that deletions
 // before left for others.
@@ -214,7 +216,7 @@ func (r *Repo) sweep(ctx context.Context, cluster string, now time.Time, atOnce 
 	}
 	var roots, dead []standing
 	for _, b := range all {
-		due := b.stone != nil && !b.held && !pinned[b.ID] && (b.ID == atOnce || !now.Before(b.stone.PurgeAfter))
+		due := b.stone != nil && !b.held && !pinned[b.ID] && (b.ID == atOnce || b.stone.PurgeAfter.IsZero() || atOnce == "" && !now.Before(b.stone.PurgeAfter))
 		if due {
 			undeleted, err := r.settle(ctx, *b.stone, false)
 			if err == nil && undeleted { // and cut before it was done

@@ -79,6 +79,20 @@ func TestC9UndeleteWithinTheGrace(t *testing.T) {
 	}
 }
 
+// Whoever deletes one backup may have a clock that is a month ahead.
+func TestC9DeletingOneLeavesOthersTheirGrace(t *testing.T) {
+	_, r, first := marked(t)
+	if _, err := r.Delete(ctx, repo.Ref{Cluster: "main", ID: backupID(1)}, now.Add(30*24*time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Undelete(ctx, first); err != nil {
+		t.Error(err)
+	}
+	if err := verify(r, first); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestC9AfterTheGraceAllGoesThatNobodyNeeds(t *testing.T) {
 	st, r, first := marked(t)
 	s, err := r.Sweep(ctx, "main", now.Add(24*time.Hour))
