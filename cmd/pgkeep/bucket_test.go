@@ -88,7 +88,7 @@ keys: {signing_key: %[3]s/signing.key, metadata_identity: %[3]s/metadata.key%[6]
 spool: %[3]s/spool
 host: db1
 temporal: {address: "127.0.0.1:9"} # nobody is there
-clusters: {main: {conninfo: "%[7]s"}}
+clusters: {main: {conninfo: "%[7]s", retention: {daily: 1}}}
 `, server.Bucket, g.gate.url, g.dir, key, role, map[bool]string{true: ", identity: " + g.operator}[role == "restore"],
 			strings.Replace(g.pg.Conninfo(), "user=postgres", "user=keeper", 1))
 		file := g.write(role+".yaml", text)
@@ -187,6 +187,7 @@ func TestRolesDoTheirWorkAndNoHarm(t *testing.T) {
 	var list struct{ Backups []struct{ ID string } }
 	g.decode(g.as(bucket.Expirer, "list", "--json"), &list)
 	g.as(bucket.Expirer, "delete", "--yes", list.Backups[0].ID)
+	g.as(bucket.Expirer, "expire", "--apply", "--yes")
 	g.as(bucket.Restore, "verify", "--all")
 	if shown := g.as(bucket.Archiver, "bucket", "show"); strings.Count(shown, "not readable with these credentials") != 4 {
 		t.Errorf("shown to the archiver:\n%s", shown)
@@ -315,13 +316,15 @@ func (g *guarded) attack(r bucket.Role, where, endpoint string) (tried int) {
 	if r != bucket.Expirer { // whose work it is
 		_, err := api.PutObject(ctx, &s3.PutObjectInput{Bucket: b, Key: aws.String("prod/clusters/main/backups/x/deleted.json"), Body: strings.NewReader("x"), IfNoneMatch: aws.String("*")})
 		try("plant a tombstone", false, err)
+		_, err = api.PutObject(ctx, &s3.PutObjectInput{Bucket: b, Key: aws.String("prod/clusters/main/wal/7-15/expired/000001.json"), Body: strings.NewReader("x"), IfNoneMatch: aws.String("*")})
+		try("hide every hole", false, err)
 	}
 	for _, v := range g.victims() {
 		creates := map[bucket.Role]*regexp.Regexp{
-			bucket.Archiver: regexp.MustCompile(`/wal/`),
-			bucket.Backup:   regexp.MustCompile(`/wal/|/(intent|draft|manifest|proof)[^/]*$|/tree-|/packs/|/names/main|/latest-`),
+			bucket.Archiver: regexp.MustCompile(`/wal/[^/]*/(........|claims)/`),
+			bucket.Backup:   regexp.MustCompile(`/wal/[^/]*/(........|claims)/|/(intent|draft|manifest|proof)[^/]*$|/tree-|/packs/|/names/main|/latest-`),
 			bucket.Restore:  regexp.MustCompile(`/proof-`),
-			bucket.Expirer:  regexp.MustCompile(`/deleted\.json|/settled-|/hold-|/expired/|/latest-`),
+			bucket.Expirer:  regexp.MustCompile(`/deleted\.json|/settled-|/hold-|/expired/|/latest-|/clock-`),
 		}[r].MatchString("/" + v.key)
 		advice := strings.Contains(v.key, "/latest-") // the only object that is replaced
 		mayRemove := r == bucket.Expirer && strings.Contains(v.key, "/clusters/main/")
@@ -606,7 +609,7 @@ func (a ask) by(p bucket.Policy, effect string) bool {
 	})
 }
 
-// like matches a text with a pattern in which * is any text.
+// like matches a text with a pattern in which * is any text, and ? one character.
 func like(pattern, text string) bool {
-	return regexp.MustCompile("^" + strings.ReplaceAll(regexp.QuoteMeta(pattern), `\*`, ".*") + "$").MatchString(text)
+	return regexp.MustCompile("^" + strings.NewReplacer(`\*`, ".*", `\?`, ".").Replace(regexp.QuoteMeta(pattern)) + "$").MatchString(text)
 }

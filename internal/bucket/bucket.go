@@ -101,7 +101,7 @@ func (l Layout) Role(r Role, principals ...string) Policy {
 			l.allow("Mark", l.objects("*"), "s3:DeleteObject"),
 			l.allow("Newest", l.objects("latest-*.json"), "s3:PutObject"),
 		}
-		all = append(all, l.create("Tombstones", l.objects("backups/*/deleted.json", "backups/*/settled-*.json", "backups/*/hold-*.json", "wal/*/expired/*"))...)
+		all = append(all, l.create("Tombstones", l.objects("backups/*/deleted.json", "backups/*/settled-*.json", "backups/*/hold-*.json", "wal/*/expired/*", "clock-*"))...)
 	}
 	if len(principals) > 0 {
 		for i := range all {
@@ -116,7 +116,7 @@ func (l Layout) archiver() []Statement {
 	return append([]Statement{
 		l.allow("ReadArchive", append(l.shared(), l.objects("wal/*")...), "s3:GetObject"),
 		l.list("ListArchive", "keys/*", "clusters/%s/wal/*"),
-	}, l.create("Archive", l.objects("wal/*"))...)
+	}, l.create("Archive", l.objects("wal/*/????????/*", "wal/*/claims/*", "wal/probe/*"))...) // not what says how much was let go
 }
 
 // create lets objects be made, and nothing be replaced: S3 User Guide, "Enforce
