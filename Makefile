@@ -17,7 +17,7 @@ export GOFLAGS     := $(GOFLAGS) -trimpath
 # Options of the program behind a target: make bench-wal ARGS='-replay 20'
 ARGS ?=
 
-.PHONY: help check test fuzz update demo chaos bench bench-wal reliability build release reproducible clean setup
+.PHONY: help check test fuzz update demo chaos bench bench-wal bench-proof reliability build release reproducible clean setup
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ bench: setup ## storing a dump against zstd -1 -T0; physical backups and restore
 bench-wal: setup ## archiving and fetching of WAL, against Debian's pgBackRest and against cp
 	@tools/setup pgbackrest
 	go run ./internal/benchwal $(ARGS)
+
+bench-proof: setup ## a restore test beside a restore, a replay and pg_amcheck by hand
+	go run ./internal/benchproof $(ARGS)
 
 reliability: setup ## what damage to an archive does to a recovery, with pgkeep and with Debian's pgBackRest: docs/reliability.md
 	@tools/setup pgbackrest

@@ -163,9 +163,9 @@ var defects = []defect{
 	{name: "a pack that is not there", check: "files", says: "pack", seed: away(func(b *ground) string { return b.packs[0] })},
 	{name: "a dropped segment that the backup needs", always: true, check: "files", says: "", seed: away(func(b *ground) string { return b.needed })},
 	{name: "a dropped segment in the middle", check: "files", says: "", seed: away((*ground)(nil).wal(0))},
-	{name: "a segment with a flipped bit", check: "replay", says: "could not restore file", seed: changed((*ground)(nil).wal(0), flip)},
-	{name: "a segment cut short", check: "replay", says: "could not restore file", seed: changed((*ground)(nil).wal(0), func(b []byte) []byte { return b[:len(b)/2] })},
-	{name: "two segments swapped", check: "replay", says: "could not restore file", seed: swapped(func(b *ground) (string, string) { return b.segments[0], b.segments[1] })},
+	{name: "a segment with a flipped bit", check: "replay", says: "what is stored is not what was written", seed: changed((*ground)(nil).wal(0), flip)},
+	{name: "a segment cut short", check: "replay", says: "what is stored is not what was written", seed: changed((*ground)(nil).wal(0), func(b []byte) []byte { return b[:len(b)/2] })},
+	{name: "two segments swapped", check: "replay", says: "what is stored is not what was written", seed: swapped(func(b *ground) (string, string) { return b.segments[0], b.segments[1] })},
 
 	{name: "an assertion that fails", always: true, check: "assertions", says: "- 7", config: assertion(`database: app, query: "SELECT i FROM victim WHERE i < 4 ORDER BY 1", want: "1\n7\n3"`)},
 	{name: "a row count off by one", check: "assertions", says: "- 4999", config: assertion(`database: app, query: "SELECT count(*) FROM victim", want: "4999"`)},

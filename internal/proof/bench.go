@@ -160,6 +160,11 @@ func (b *bench) recover(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	for _, c := range rep.Checks {
+		if c.Verdict == Failed && c.Kind == fail.StoreDown { // nothing was learned; another try starts over
+			return fail.With(c.Kind, errors.New(c.Message))
+		}
+	}
 	b.Found = rep
 	return b.reached(recovered)
 }

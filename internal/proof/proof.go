@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -177,7 +179,7 @@ func (t Test) replay(ctx context.Context, r *Report) bool {
 	r.RTO = (t.Fetched + done.Took).Seconds()
 	r.Segments, r.Reason = done.Segments, done.Reason
 	if err != nil {
-		c := failed(CheckReplay, err)
+		c := failed(CheckReplay, fetchFailed(err))
 		c.Seconds = done.Took.Seconds()
 		r.Checks = append(r.Checks, c)
 		return false
@@ -211,6 +213,23 @@ func (t Test) open(ctx context.Context, r *Report) bool {
 	}
 	r.Checks = append(r.Checks, Check{Name: CheckOpen, Verdict: Passed, Items: 1, Seconds: time.Since(begun).Seconds()})
 	return true
+}
+
+var exitCode = regexp.MustCompile(`exit code 2(\d\d)\b`)
+
+// fetchFailed says what pgkeep-wal fetch has told by its exit status, of which
+// PostgreSQL only gives the number: 200 and that of the kind.
+func fetchFailed(err error) error {
+	m := exitCode.FindStringSubmatch(err.Error())
+	if m == nil {
+		return err
+	}
+	for _, k := range fail.Kinds() {
+		if n, _ := strconv.Atoi(m[1]); n == k.ExitStatus() && k != fail.Unknown {
+			return fail.With(k, fmt.Errorf("%w: %s", err, k.Meaning()))
+		}
+	}
+	return err
 }
 
 func lag(source, reached Position) *Lag {

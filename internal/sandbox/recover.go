@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
@@ -91,7 +92,8 @@ type Recovered struct {
 // neither sessions nor background workers. That is why this part may have a
 // network, which the restore command needs.
 //
-// It runs with fsync, so that its time is the time a restore takes. It fails
+// It runs with fsync until it is done, so that its time is the time a restore
+// takes; what the kernel had not written when the host died is then lost. It fails
 // with fail.RestoreFailed where PostgreSQL gives up; with fail.NoSpace; with
 // fail.Stalled when nothing moves, or the limit is over.
 func (s *Sandbox) Recover(ctx context.Context, r Recovery) (Recovered, error) {
@@ -151,6 +153,9 @@ func (s *Sandbox) recover(ctx context.Context, r Recovery) (done Recovered, err 
 	default:
 		return done, err
 	}
+	if err := s.unsync(set); err != nil {
+		return done, err
+	}
 	if err := s.Close(ctx); err != nil {
 		return done, err
 	}
@@ -161,6 +166,16 @@ func (s *Sandbox) recover(ctx context.Context, r Recovery) (done Recovered, err 
 		return done, err
 	}
 	return done, s.readFork(&done)
+}
+
+// unsync lets the server end without waiting for the disk: who restores opens it
+// before that, and the sandbox does not outlive the host.
+func (s *Sandbox) unsync(set map[string]string) error {
+	set["fsync"] = "off"
+	if err := s.configure(set, "local all all reject\n"); err != nil {
+		return err
+	}
+	return s.server.cmd.Process.Signal(syscall.SIGHUP)
 }
 
 // parseReplay reads what a server logged of its recovery (StartupXLOG in
