@@ -47,6 +47,7 @@ chaos: setup ## the campaigns that make test runs a little of: kills everywhere,
 	PGKEEP_TEST_KILLS=all go test -timeout 0 -v -run 'Kill' ./cmd/pgkeep-wal -kill-everywhere
 	go test -timeout 0 -v ./internal/retention -histories 1000000
 	PGKEEP_TEST_EXPIRE_RUNS=1000 go test -timeout 0 -v ./internal/expire
+	PGKEEP_TEST_KILLS=all PGKEEP_TEST_DEFECTS=all PGKEEP_TEST_GREEN=50 go test -timeout 0 -v -run 'IsProven|RestoreTest|ADefect' ./internal/e2e
 
 update: ## write the files that tests compare with the code
 	go test $$(grep -rlE --include='*_test.go' 'flag\.Bool\("update"' . | xargs -n1 dirname | sort -u) -update
