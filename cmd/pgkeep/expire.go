@@ -104,6 +104,9 @@ func (e *env) expire(ctx context.Context, opt expireOptions) error {
 	for _, why := range done.Refused() {
 		e.say("the store refuses to remove, and is asked again by the next run: %s", why)
 	}
+	if done.Awaited != "" {
+		e.say("no log is removed before backup %s is done, or deleted: it may need some", done.Awaited)
+	}
 	segments, bytes := 0, int64(0)
 	for _, w := range done.WAL {
 		segments, bytes = segments+w.Objects, bytes+w.Bytes

@@ -78,6 +78,8 @@ type Done struct {
 	Marked []repo.ID    `json:"marked,omitempty"` // backups that were let go
 	Swept  repo.Swept   `json:"swept"`            // what was removed of those whose grace had passed
 	WAL    []RemovedWAL `json:"wal,omitempty"`
+	// Awaited is the physical backup under way before whose end no log is removed.
+	Awaited repo.ID `json:"awaited,omitempty"`
 }
 
 // RemovedWAL is what was removed of an archive.
@@ -106,7 +108,7 @@ func (d Done) Refused() (why []string) {
 // The order of things is what keeps every listed backup whole: marks first; then
 // what marked backups hold; and of the log only what no backup needs that has a
 // manifest still, and what no plan needed for a grace, after it was recorded that it
-// may be missing.
+// may be missing; and none while a physical backup is under way.
 func (x *Expirer) Apply(ctx context.Context, o Order) (done Done, err error) {
 	r, err := x.Open(ctx)
 	if err != nil {
@@ -162,6 +164,15 @@ func (x *Expirer) apply(ctx context.Context, r *repo.Repo, o Order, now func() t
 		if _, err := r.RaiseFloors(ctx, w.Archive, w.Floors, at, x.Policy.Grace); err != nil {
 			return done, fmt.Errorf("expire %s: %w", x.Name, err)
 		}
+	}
+	all, err := r.Records(ctx, x.Name)
+	if err != nil {
+		return done, fmt.Errorf("expire %s: %w", x.Name, err)
+	}
+	if done.Awaited = retention.UnderWay(all); done.Awaited != "" {
+		return done, nil
+	}
+	for _, w := range p.WAL {
 		removed, err := r.RemoveWAL(ctx, w.Archive, w.SegmentSize, at.Add(-x.Policy.Grace), w.Needed)
 		if removed.Objects > 0 || removed.Refused != nil {
 			done.WAL = append(done.WAL, RemovedWAL{w.Archive, removed})

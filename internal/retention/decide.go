@@ -14,8 +14,9 @@ const (
 	// Skew is how far the clock may be behind what it is compared with.
 	Skew = 5 * time.Minute
 	// abandoned is when a backup that was never finished counts as given up, if
-	// another of its kind was begun later and finished: one at a time is taken.
-	abandoned = 7 * 24 * time.Hour
+	// another of its kind was begun later and finished: one at a time is taken, and
+	// none of them takes longer.
+	abandoned = 29 * 24 * time.Hour
 	// few removals are never too many at once, and many are, however many there
 	// are; between them three in ten are not.
 	few, many = 3, 25
@@ -171,14 +172,17 @@ func (d *decider) keep() {
 		case d.blind:
 			e.keep("not all that is there can be read")
 		}
-		if e.Unfinished && e.Deleted == nil && !d.givenUp(e) {
+		if !e.Unfinished || e.Deleted != nil {
+			continue
+		}
+		if !d.givenUp(e) {
 			e.keep("in progress")
-			if t := e.at.Add(-time.Hour); t.Before(d.walFrom) {
-				d.walFrom = t
-			}
-			for _, id := range e.Intent.Pins {
-				pinnedBy[id] = e.ID
-			}
+		}
+		if t := e.at.Add(-time.Hour); t.Before(d.walFrom) {
+			d.walFrom = t
+		}
+		for _, id := range e.Intent.Pins {
+			pinnedBy[id] = e.ID
 		}
 	}
 	for _, kind := range []repo.Kind{repo.Logical, repo.Physical} {
@@ -192,6 +196,22 @@ func (d *decider) keep() {
 			e.keep("of a kind this pgkeep does not know")
 		}
 	}
+}
+
+// UnderWay is the physical backup that goes on yet, as far as that can be known:
+// one at a time is taken, and none that was begun later is finished. "": there is
+// none. It may need log of before it began, however old: a copy of a standby begins
+// at the last restartpoint there.
+func UnderWay(all []repo.Record) (id repo.ID) {
+	for _, b := range all {
+		switch {
+		case b.Unfinished && b.Deleted == nil && b.Intent.Kind != repo.Logical:
+			id = b.ID
+		case b.Physical != nil:
+			id = ""
+		}
+	}
+	return id
 }
 
 // givenUp reports whether an unfinished backup is taken for abandoned. Were it

@@ -75,8 +75,8 @@ func TestReasons(t *testing.T) {
 		"both systems on the day of an upgrade": {retention.Policy{Daily: 1},
 			[]repo.Record{taken(1, system(9)), taken(0, system(9)), taken(0, system(3), func(b *repo.Record) { b.ID = repo.NewID(today, "ffffffff") })},
 			[]string{"11-21 go: older than the rules ask for", "11-22 keep: daily 2026-11-22", "11-22 keep: newest, daily 2026-11-22"}},
-		"in progress, and given up": {retention.Policy{Daily: 1}, []repo.Record{taken(9, begun()), taken(3), taken(2), taken(1, begun(taken(3).ID)), taken(0)},
-			[]string{"11-13 go: never finished", "11-19 keep: needed by " + string(taken(1).ID) + ", in progress", "11-20 go: older than the rules ask for", "11-21 keep: in progress", "11-22 keep: newest, daily 2026-11-22"}},
+		"in progress, and given up": {retention.Policy{Daily: 1}, []repo.Record{taken(30, begun()), taken(20, begun()), taken(3), taken(2), taken(1, begun(taken(3).ID)), taken(0)},
+			[]string{"10-23 go: never finished", "11-02 keep: in progress", "11-19 keep: needed by " + string(taken(1).ID) + ", in progress", "11-20 go: older than the rules ask for", "11-21 keep: in progress", "11-22 keep: newest, daily 2026-11-22"}},
 		"nothing configured": {retention.Policy{Min: 2, Grace: day}, []repo.Record{taken(99), taken(0)},
 			[]string{"08-15 keep: no retention is configured, min 2", "11-22 keep: no retention is configured, newest"}},
 	} {

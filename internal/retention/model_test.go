@@ -406,7 +406,7 @@ func (m *model) expire() error {
 		if whole[b] && !b.purged && !b.whole() {
 			return fmt.Errorf("backup %s has lost log that it needs", b.ID)
 		}
-		if b.Unfinished && b.Deleted == nil && !b.purged && m.now.Sub(b.ID.Time()) < 7*day {
+		if b.Unfinished && b.Deleted == nil && !b.purged && m.now.Sub(b.ID.Time()) < 29*day {
 			for i, piece := range b.tl.segments {
 				if b.tl.first+i >= b.first && !piece.there && !piece.when.IsZero() {
 					return fmt.Errorf("backup %s, in progress, has lost segment %d", b.ID, b.tl.first+i)
@@ -545,7 +545,7 @@ func (m *model) verdicts(p retention.Plan) error {
 		case b.purged || b.Deleted != nil:
 		case len(b.Holds) > 0:
 			errs = append(errs, must(b, "held"))
-		case b.Unfinished && m.now.Sub(b.ID.Time()) < 7*day:
+		case b.Unfinished && m.now.Sub(b.ID.Time()) < 29*day:
 			errs = append(errs, must(b, "in progress"))
 			for _, pin := range b.Intent.Pins {
 				for _, o := range m.backups {
