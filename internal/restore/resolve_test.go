@@ -376,3 +376,29 @@ func TestATimeIsFoundByHalving(t *testing.T) {
 		t.Errorf("stops at %+v after %+v, %d segments read (%v)", got.Stop, got.Last, reads, err)
 	}
 }
+
+// What retention let go is told as that, and not as a hole that somebody could
+// fill.
+func TestAMomentThatRetentionLetGo(t *testing.T) {
+	at := func(n int) pg.LSN { return pg.LSN(n) * pg.LSN(segment) }
+	l := audit.Ledger{Archive: repo.Archive{Cluster: "main", System: 7, Major: 15}, SegmentSize: segment, Timelines: []audit.Timeline{{ID: 1, Floor: at(10),
+		Ranges: []audit.Range{{From: at(1), To: at(3), First: noon, Last: noon}, {From: at(10), To: at(20), First: noon, Last: noon}}}}}
+	var backups []repo.Listed
+	for i, first := range []int{1, 10} {
+		when := noon.Add(time.Duration(i) * time.Hour)
+		m := repo.Manifest{Ref: repo.Ref{Cluster: "main", ID: repo.NewID(when, fmt.Sprintf("%08x", i))}, Kind: repo.Physical, System: 7, Version: 150000, FinishedAt: when,
+			Content: repo.Content{Physical: &repo.PhysicalFacts{Start: at(first) + 100, Stop: at(first+2) - 100, Timeline: 1, StopTimeline: 1, StoppedAt: when, SegmentSize: segment}}}
+		backups = append(backups, repo.Listed{Manifest: m})
+	}
+	nothing := func(context.Context, audit.Window, pg.LSN, pg.LSN, bool) iter.Seq2[pg.WALRecord, error] {
+		return func(func(pg.WALRecord, error) bool) {}
+	}
+	_, err := restore.Resolve(ctx, restore.Target{Kind: restore.ToLSN, LSN: at(5)}, "", backups, l, nothing)
+	if !errors.Is(err, fail.Unreachable) || !strings.Contains(err.Error(), "retention let the log go from 0/300000 on") || !strings.Contains(fail.HintOf(err), string(backups[1].ID)) {
+		t.Errorf("%v (hint %q)", err, fail.HintOf(err))
+	}
+	l.Timelines[0].Floor = 0
+	if _, err := restore.Resolve(ctx, restore.Target{Kind: restore.ToLSN, LSN: at(5)}, "", backups, l, nothing); !errors.Is(err, fail.WALHole) {
+		t.Errorf("without a floor: %v", err)
+	}
+}
