@@ -208,16 +208,18 @@ func (r *Repo) sweep(ctx context.Context, cluster string, now time.Time, atOnce 
 	if err != nil {
 		return s, err
 	}
+	due := func(b standing) bool {
+		return b.stone != nil && !b.held && (b.ID == atOnce || b.stone.PurgeAfter.IsZero() || atOnce == "" && !now.Before(b.stone.PurgeAfter))
+	}
 	pinned := make(map[ID]bool)
 	for _, b := range all {
 		for _, pin := range b.pins {
-			pinned[pin] = true
+			pinned[pin] = pinned[pin] || !due(b) // one in its grace may go on
 		}
 	}
 	var roots, dead []standing
 	for _, b := range all {
-		due := b.stone != nil && !b.held && !pinned[b.ID] && (b.ID == atOnce || b.stone.PurgeAfter.IsZero() || atOnce == "" && !now.Before(b.stone.PurgeAfter))
-		if due {
+		if due(b) && !pinned[b.ID] {
 			undeleted, err := r.settle(ctx, *b.stone, false)
 			if err == nil && undeleted { // and cut before it was done
 				err = wrap("delete", b.dir()+tombstoneName, r.st.Delete(ctx, b.dir()+tombstoneName))
@@ -289,7 +291,7 @@ type standing struct {
 	stone    *Tombstone // nil: it is not deleted
 	held     bool
 	manifest bool
-	pins     []ID // of one in progress
+	pins     []ID // of one that is not finished
 }
 
 // packsByOwner lists the keys of all packs of a cluster by who wrote them.
@@ -340,12 +342,15 @@ func (r *Repo) standing(ctx context.Context, cluster string) (all []standing, er
 	}
 	for i := range all {
 		b := &all[i]
-		if b.stone != nil || b.manifest {
-			continue // its own packs and its trees say what it needs; or it needs nothing
+		if b.manifest {
+			continue // its own packs and its trees say what it needs
 		}
 		var in Intent
 		err := r.getSigned(ctx, b.dir()+"intent.json", "intent", &in)
 		if errors.Is(err, store.ErrNotExist) {
+			continue
+		}
+		if damaged(err) && b.stone != nil {
 			continue
 		}
 		if damaged(err) {

@@ -330,3 +330,24 @@ func TestC9OnlyWhatEachPlanOfAGraceLetGoIsFree(t *testing.T) {
 		t.Errorf("%d objects", n)
 	}
 }
+
+// An attempt that was marked can be brought back, and goes on with what it pinned.
+func TestC9WhatAMarkedAttemptPinsStaysForItsGrace(t *testing.T) {
+	_, r, first := marked(t)
+	attempt := repo.Ref{Cluster: "main", ID: backupID(2)}
+	if err := r.Undelete(ctx, first); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.WriteIntent(ctx, repo.Intent{Ref: attempt, Kind: repo.Physical, Pins: []repo.ID{first.ID}}, func() time.Time { return now }); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(r.Mark(ctx, attempt, now, 24*time.Hour), r.Mark(ctx, first, now, 0)); err != nil {
+		t.Fatal(err)
+	}
+	if s, err := r.Sweep(ctx, "main", now.Add(23*time.Hour)); err != nil || s.Objects > 0 {
+		t.Errorf("within the grace: %+v, %v", s, err)
+	}
+	if s, err := r.Sweep(ctx, "main", now.Add(24*time.Hour)); err != nil || len(s.Backups) != 2 {
+		t.Errorf("after it: %+v, %v", s, err)
+	}
+}
