@@ -47,9 +47,6 @@ func survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (l 
 	if err != nil {
 		return l, odd, bad, err
 	}
-	for _, f := range gone.Floors {
-		l.timeline(f.Timeline).Floor = f.From
-	}
 	var after pg.WALName
 	for again := true; again; {
 		again = false
@@ -79,6 +76,12 @@ func survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (l 
 				odd = append(odd, Odd{o.Key, why})
 			}
 		}
+	}
+	if gone, err = r.Expiry(ctx, a); err != nil { // what went while it was listed is no hole
+		return l, odd, bad, err
+	}
+	for _, f := range gone.Floors {
+		l.timeline(f.Timeline).Floor = f.From
 	}
 	return l, odd, bad, nil
 }

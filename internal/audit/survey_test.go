@@ -35,10 +35,14 @@ type archive struct {
 type counted struct {
 	store.Store
 	listed int
+	before func(prefix string) // nil: nothing
 }
 
 func (c *counted) List(ctx context.Context, prefix, after string) iter.Seq2[store.Object, error] {
 	return func(yield func(store.Object, error) bool) {
+		if c.before != nil {
+			c.before(prefix)
+		}
 		for o, err := range c.Store.List(ctx, prefix, after) {
 			c.listed++
 			if !yield(o, err) {
@@ -343,5 +347,27 @@ func TestC9WhatWasLetGoIsNoHole(t *testing.T) {
 	}
 	if w, stuck := l.Windows([]audit.Base{newer}); len(w) != 1 || len(stuck) > 0 {
 		t.Errorf("windows %v, stuck %v", w, stuck)
+	}
+}
+
+// What is let go while an archive is listed is no hole of it.
+func TestSurveyMeetsAnExpiry(t *testing.T) {
+	b := newArchive(t)
+	for n := range 6 {
+		b.put(spot{1, n}.name().String(), make([]byte, segment))
+	}
+	floor := pg.LSN(4 * segment)
+	once := false
+	b.st.before = func(prefix string) {
+		if once || strings.Contains(prefix, "/expired/") {
+			return
+		}
+		once = true
+		if _, err := b.r.RaiseFloors(t.Context(), b.a, []repo.Floor{{Timeline: 1, From: floor}}, epoch, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if l, _ := b.survey(audit.Ledger{}); !once || l.Timelines[0].Floor != floor {
+		t.Errorf("%+v", l)
 	}
 }
