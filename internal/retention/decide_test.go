@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/pgkeep/pgkeep/internal/audit"
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/repo"
@@ -109,6 +110,7 @@ func TestRefusals(t *testing.T) {
 		"many want their number":           {month(30), today, 0, "30 of 31 backups would go at once"},
 		"another number is none":           {month(30), today, 29, "30 of 31 backups would go at once"},
 		"the number":                       {month(30), today, 30, ""},
+		"the number, and a run was cut":    {month(22), today, 30, ""},
 		"a manifest that cannot be read":   {broken, today, 0, "cannot be read"},
 		"a clock behind":                   {month(3), today.Add(-2 * time.Hour), 0, "a clock is wrong"},
 		"a clock a little behind":          {month(3), today.Add(-time.Hour), 0, ""},
@@ -119,6 +121,24 @@ func TestRefusals(t *testing.T) {
 		err := p.Err(c.confirm)
 		if c.says == "" && err != nil || c.says != "" && (!errors.Is(err, fail.ExpireRefused) || !strings.Contains(err.Error(), c.says)) {
 			t.Errorf("%s: %v, want %q", name, err, c.says)
+		}
+	}
+}
+
+// A newer pgkeep may bring back what this one cannot read.
+func TestC9LogOfAMarkedBackupThatCannotBeReadStays(t *testing.T) {
+	a := repo.Archive{Cluster: "main", System: 7, Major: 15}
+	l := audit.Ledger{Archive: a, SegmentSize: size, Timelines: []audit.Timeline{{ID: 1, Ranges: []audit.Range{{From: 1 << 20, To: 99 << 20, Last: today}}}}}
+	b := taken(0, func(b *repo.Record) {
+		first, _ := pg.SegmentName(1, 50<<20, size)
+		b.Kind, b.Version = repo.Physical, 150000
+		b.Physical = &repo.PhysicalFacts{Start: 50<<20 + 100, Stop: 51<<20 - 100, Timeline: 1, StopTimeline: 1, StoppedAt: b.FinishedAt, FirstWAL: first, LastWAL: first, SegmentSize: size}
+	})
+	gone := repo.Record{Listed: repo.Listed{Manifest: repo.Manifest{Ref: taken(5).Ref}, Err: fail.Corrupt}, Deleted: new(repo.Tombstone)}
+	for n, backups := range map[int][]repo.Record{49: {b}, 0: {gone, b}} {
+		p := retention.Decide(retention.Policy{Daily: 1}, retention.Facts{Cluster: "main", Backups: backups, Archives: []audit.Ledger{l}, Now: today})
+		if len(p.WAL) != 1 || p.WAL[0].Segments != n || len(p.Against) > 0 {
+			t.Errorf("%d backups: %+v, %v", len(backups), p.WAL, p.Against)
 		}
 	}
 }

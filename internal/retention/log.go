@@ -63,6 +63,9 @@ func (d *decider) archive(l audit.Ledger) WAL {
 	}
 	var bases []*entry
 	for _, e := range d.all {
+		if e.Err != nil && e.Deleted != nil && !e.Unfinished { // it may be brought back, to whom can read it
+			nothing("which log %s needs is not known: %v", e.ID, e.Err)
+		}
 		if e.Physical == nil || e.Err != nil || archiveOf(e.Record) != l.Archive {
 			continue
 		}

@@ -103,12 +103,12 @@ func (p Plan) Removals() (ids []repo.ID) {
 }
 
 // Err is nil if the plan may be carried out by somebody who said that number of
-// backups; 0: nobody did. Else it is fail.ExpireRefused, and says why.
+// backups, or a higher one, as when a run was cut; 0: nobody did. Else it is fail.ExpireRefused, and says why.
 func (p Plan) Err(confirm int) error {
 	if len(p.Against) > 0 {
 		return fmt.Errorf("expire %s: %s: %w", p.Cluster, p.Against[0], fail.ExpireRefused)
 	}
-	if p.Confirm > 0 && p.Confirm != confirm {
+	if p.Confirm > confirm {
 		return fail.Hint(fmt.Errorf("expire %s: %d of %d backups would go at once: %w", p.Cluster, p.Confirm, p.standing(), fail.ExpireRefused),
 			fmt.Sprintf("look at the plan; if it is meant: pgkeep expire --apply --confirm %d", p.Confirm))
 	}
