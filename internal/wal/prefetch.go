@@ -110,6 +110,11 @@ func (sh *shelf) prefetch(ctx context.Context, f Fetcher, r *repo.Repo, s Server
 		if err != nil {
 			return err
 		}
+		if now, _, err := sh.wanted(); err != nil {
+			return err
+		} else if now != wanted {
+			continue // what is not there may have been used
+		}
 		needed := make(map[pg.WALName]bool)
 		for _, n := range plan {
 			needed[n] = true
