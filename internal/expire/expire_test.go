@@ -73,3 +73,26 @@ func TestC5AWindowThatShrankCanBePutRight(t *testing.T) {
 		}
 	}
 }
+
+// A clock that leaps after it was compared with the store's decides nothing.
+func TestC9AClockThatLeapsEndsNoGrace(t *testing.T) {
+	w := newWorld(t, 2)
+	w.days(7)
+	p := retention.Policy{Window: 2 * day, Min: 1, Grace: 7 * day}
+	marked := w.run(p).Marked
+	x := w.expirer(w.st)
+	x.Policy = p
+	asked := 0
+	done, err := x.ApplyBy(t.Context(), expire.Order{}, func() time.Time {
+		if asked++; asked > 2 {
+			return w.now.AddDate(1, 0, 0)
+		}
+		return w.now
+	})
+	if err != nil || done.Swept.Objects > 0 || len(done.WAL) > 0 || len(marked) == 0 {
+		t.Errorf("%+v, %v, after %v", done, err, marked)
+	}
+	for _, id := range marked {
+		w.must(w.r.Undelete(t.Context(), repo.Ref{Cluster: "main", ID: id}))
+	}
+}

@@ -18,9 +18,14 @@ func (x *Expirer) PlanAt(ctx context.Context, now time.Time) (retention.Plan, er
 
 // ApplyAt is Apply at some time.
 func (x *Expirer) ApplyAt(ctx context.Context, o Order, now time.Time) (Done, error) {
+	return x.ApplyBy(ctx, o, func() time.Time { return now })
+}
+
+// ApplyBy is Apply by some clock.
+func (x *Expirer) ApplyBy(ctx context.Context, o Order, now func() time.Time) (Done, error) {
 	r, err := x.Open(ctx)
 	if err != nil {
 		return Done{}, err
 	}
-	return x.apply(ctx, r, o, func() time.Time { return now })
+	return x.apply(ctx, r, o, now)
 }
