@@ -74,6 +74,7 @@ func (w *world) archiver(p *lab.Postgres, column string, will func(string) bool)
 func is(name string) func(string) bool { return func(s string) bool { return s == name } }
 
 func TestTheSecondOfTwoClonesIsRefused(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, 1)
 	base := filepath.Join(w.dir, "base")
 	out, err := w.pg.Command(t.Context(), "pg_basebackup", "-d", w.pg.Conninfo(), "-D", base, "-X", "fetch", "-c", "fast", "--no-sync").CombinedOutput()
@@ -103,6 +104,7 @@ func TestTheSecondOfTwoClonesIsRefused(t *testing.T) {
 
 // Both are on timeline 2 then, with the same history to the byte.
 func TestTheSecondOfTwoPromotedClonesIsRefused(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, 1)
 	base := filepath.Join(w.dir, "base")
 	out, err := w.pg.Command(t.Context(), "pg_basebackup", "-d", w.pg.Conninfo(), "-D", base, "-X", "none", "-c", "fast", "--no-sync").CombinedOutput()

@@ -22,6 +22,7 @@ import (
 // TestFiveHundredSegments archives what pgbench writes, compares each object
 // with its source, and restores by hand: a base backup, and restore_command.
 func TestFiveHundredSegments(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct{ segments, segmentMB int }{{500, 1}, {10, 16}} {
 		t.Run(fmt.Sprintf("%d MB", tt.segmentMB), func(t *testing.T) { thereAndBack(t, tt.segments, tt.segmentMB) })
 	}

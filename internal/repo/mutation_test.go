@@ -131,7 +131,7 @@ func TestThirtyDaysAreSmall(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(3, 3))
 	d := make(disk)
 	for n := range 4 {
-		d[fmt.Sprintf("data/base/%d", n)] = pages(n, 1000)
+		d[fmt.Sprintf("data/base/%d", n)] = pages(n, 500)
 	}
 	packs := func() (sum int64) {
 		for o, err := range b.st.List(ctx, "clusters/main/packs/", "") {
