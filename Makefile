@@ -33,7 +33,7 @@ check: ## what needs no service: format, vet, staticcheck, workflowcheck, tidy m
 	for m in $(MODULES); do go -C $$m mod tidy -diff || exit; done
 
 test: setup ## every test, on a real PostgreSQL, S3 and Temporal, with the race detector
-	CGO_ENABLED=1 go test -race -p 3 -timeout 30m ./...
+	CGO_ENABLED=1 go test -race -timeout 30m ./...
 	go -C $(SERVER) test -timeout 30m ./...
 	PGKEEP_TEST_STICKY_CACHE=0 CGO_ENABLED=1 go test -race -count 1 -timeout 30m ./workflows/... ./worker/...
 
@@ -47,7 +47,7 @@ chaos: setup ## the campaigns that make test runs a little of: kills everywhere,
 	PGKEEP_TEST_KILLS=all go test -timeout 0 -v -run 'Kill' ./cmd/pgkeep-wal -kill-everywhere
 	go test -timeout 0 -v ./internal/retention -histories 1000000
 	PGKEEP_TEST_EXPIRE_RUNS=1000 go test -timeout 0 -v ./internal/expire
-	PGKEEP_TEST_KILLS=all PGKEEP_TEST_DEFECTS=all PGKEEP_TEST_GREEN=50 go test -timeout 0 -v -run 'IsProven|RestoreTest|ADefect' ./internal/e2e
+	PGKEEP_TEST_KILLS=all PGKEEP_TEST_DEFECTS=all PGKEEP_TEST_GREEN=50 go test -timeout 0 -v -run 'IsProven|RestoreTest|ADefect|KilledWorker' ./internal/e2e
 
 update: ## write the files that tests compare with the code
 	go test $$(grep -rlE --include='*_test.go' 'flag\.Bool\("update"' . | xargs -n1 dirname | sort -u) -update

@@ -165,7 +165,7 @@ func startLoad(t *testing.T, p *lab.Postgres) *load {
 		}
 	})
 	l.done.Go(func() {
-		for i := 0; ctx.Err() == nil; i++ {
+		for i := 1; ctx.Err() == nil; i++ {
 			err := p.Exec(ctx, "postgres",
 				fmt.Sprintf("CREATE TABLE churn%d AS SELECT n, repeat('x', 500) AS t FROM generate_series(1, 3000) n", i),
 				fmt.Sprintf("CREATE INDEX ON churn%d(n)", i),

@@ -20,7 +20,7 @@ import (
 )
 
 var (
-	histories   = flag.Int("histories", 8, "random histories to play")
+	histories   = flag.Int("histories", 5, "random histories to play")
 	historyFrom = flag.Uint64("history", 1, "seed of the first")
 )
 

@@ -16,7 +16,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/store"
 )
 
-var damages = flag.Int("damages", 50, "damage each of two repositories `NUMBER` times")
+var damages = flag.Int("damages", 30, "damage each of two repositories `NUMBER` times")
 
 // Objects of a bucket that are lost, swapped, cut, lengthened, flipped, or put
 // back as they were: reading refuses, or gives what was stored, never another

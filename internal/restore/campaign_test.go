@@ -25,7 +25,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/restore"
 )
 
-var targets = flag.Int("targets", 10, "restore to `NUMBER` random targets")
+var targets = flag.Int("targets", 6, "restore to `NUMBER` random targets")
 
 // A line is a record of the log as pg_waldump shows it.
 type line struct {
