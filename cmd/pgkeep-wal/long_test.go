@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -19,11 +20,13 @@ import (
 	"github.com/pgkeep/pgkeep/internal/wal"
 )
 
-// TestFiveHundredSegments archives what pgbench writes, compares each object
+var manySegments = flag.Int("segments", 100, "archive and replay `NUMBER` segments of 1 MB")
+
+// TestManySegments archives what pgbench writes, compares each object
 // with its source, and restores by hand: a base backup, and restore_command.
-func TestFiveHundredSegments(t *testing.T) {
+func TestManySegments(t *testing.T) {
 	t.Parallel()
-	for _, tt := range []struct{ segments, segmentMB int }{{500, 1}, {10, 16}} {
+	for _, tt := range []struct{ segments, segmentMB int }{{*manySegments, 1}, {10, 16}} {
 		t.Run(fmt.Sprintf("%d MB", tt.segmentMB), func(t *testing.T) { thereAndBack(t, tt.segments, tt.segmentMB) })
 	}
 }
