@@ -11,7 +11,6 @@ import (
 	"github.com/pgkeep/pgkeep/internal/backup"
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
-	"github.com/pgkeep/pgkeep/internal/open"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/workflows"
 )
@@ -26,18 +25,11 @@ func (e *env) backupDirect(ctx context.Context, cfg *config.Config, name string,
 	if err != nil {
 		return err
 	}
-	st, err := open.Store(ctx, cfg.Repository)
+	st, access, err := storeAndKeys(ctx, cfg)
 	if err != nil {
 		return err
 	}
-	access, err := open.Access(cfg, thisVersion().Version)
-	if err != nil {
-		return err
-	}
-	random := make([]byte, 4)
-	rand.Read(random) // never fails, by its documentation
-	started := time.Now().UTC().Truncate(time.Millisecond)
-	id := repo.NewID(started, hex.EncodeToString(random))
+	id, started := newRun()
 	bars := &stages{e: e}
 	defer bars.End()
 	if opt.Kind == workflows.Logical {
@@ -129,4 +121,12 @@ func directLogical(ctx context.Context, l *backup.Logical, id repo.ID, started t
 	}
 	return workflows.LogicalBackupResult{ID: string(id), Databases: len(d.Databases), Bytes: c.Bytes, Stored: c.Stored, Packs: c.Packs,
 		LSN: activities.RecordLSNResult{LSN: lsn}, Verified: string(rep.Verified), Finished: m.FinishedAt}, nil
+}
+
+// newRun names a run that no workflow names: its id, and when it began.
+func newRun() (repo.ID, time.Time) {
+	random := make([]byte, 4)
+	rand.Read(random) // never fails, by its documentation
+	started := time.Now().UTC().Truncate(time.Millisecond)
+	return repo.NewID(started, hex.EncodeToString(random)), started
 }

@@ -16,7 +16,6 @@ import (
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/health"
-	"github.com/pgkeep/pgkeep/internal/open"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/workflows"
 )
@@ -142,11 +141,7 @@ func expires(cfg *config.Config) bool {
 func (e *env) askBucket(ctx context.Context, cfg *config.Config) (b health.Bucket, r *repo.Repo, err error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	st, err := open.Store(ctx, cfg.Repository)
-	if err != nil {
-		return b, nil, err
-	}
-	access, err := open.Access(cfg, thisVersion().Version)
+	st, access, err := storeAndKeys(ctx, cfg)
 	if err != nil {
 		return b, nil, err
 	}

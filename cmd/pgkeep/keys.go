@@ -168,11 +168,7 @@ func (s *setup) keys(ctx context.Context, identity string, now time.Time) error 
 	if err := s.hostKeys(cfg.Keys, encrypted, now); err != nil {
 		return err
 	}
-	st, err := open.Store(ctx, cfg.Repository)
-	if err != nil {
-		return err
-	}
-	access, err := open.Access(cfg, thisVersion().Version)
+	st, access, err := storeAndKeys(ctx, cfg)
 	if err != nil {
 		return err
 	}

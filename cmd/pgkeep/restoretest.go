@@ -3,8 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -18,7 +16,6 @@ import (
 	"github.com/pgkeep/pgkeep/internal/cluster"
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
-	"github.com/pgkeep/pgkeep/internal/open"
 	"github.com/pgkeep/pgkeep/internal/proof"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/restore"
@@ -169,21 +166,15 @@ func (e *env) testDirect(ctx context.Context, cfg *config.Config, q proof.Reques
 	if err != nil {
 		return err
 	}
-	st, err := open.Store(ctx, cfg.Repository)
+	st, access, err := storeAndKeys(ctx, cfg)
 	if err != nil {
 		return err
 	}
-	access, err := open.Access(cfg, thisVersion().Version)
-	if err != nil {
-		return err
-	}
-	random := make([]byte, 4)
-	rand.Read(random) // never fails, by its documentation
-	started := time.Now().UTC().Truncate(time.Millisecond)
+	id, started := newRun()
 	t := testerOf(cfg, st, access, log)
 	bars := &stages{e: e}
 	defer bars.End()
-	s, err := t.Plan(ctx, q, repo.NewID(started, hex.EncodeToString(random)), started, backup.Owner{})
+	s, err := t.Plan(ctx, q, id, started, backup.Owner{})
 	defer func() {
 		tidy, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 		defer cancel()
@@ -239,11 +230,7 @@ func testerOf(c *config.Config, st store.Store, a repo.Access, log *slog.Logger)
 		Open:    func(ctx context.Context) (*repo.Repo, error) { return repo.Open(ctx, st, a) },
 		Prepare: func(name string) (restore.Physical, error) { return serverNeeds(c, name) },
 		Source: func(name string) (cluster.Cluster, bool) {
-			settings, err := c.Cluster(name)
-			if err != nil {
-				return cluster.Cluster{}, false
-			}
-			at, err := reach(settings)
+			_, at, err := clusterOf(c, name)
 			return at, err == nil
 		},
 		Sandbox: sandbox.Options{Parent: string(s.Directory), BinDir: string(s.BinDir), User: s.User, Memory: int64(s.Memory), Preload: s.Preload, Log: log},

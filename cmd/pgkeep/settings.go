@@ -9,6 +9,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/cluster"
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/notify"
+	"github.com/pgkeep/pgkeep/internal/open"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/store"
 )
@@ -19,13 +20,30 @@ func reach(c config.Cluster) (cluster.Cluster, error) {
 	return cluster.Cluster{Conninfo: string(c.Conninfo), Password: password.Reveal(), BinDir: string(c.BinDir)}, err
 }
 
-// logicalOf returns who takes the logical backups of a cluster on this host.
-func logicalOf(c *config.Config, name string, st store.Store, a repo.Access, log *slog.Logger) (*backup.Logical, error) {
+// clusterOf returns the settings of a cluster, and how to reach it.
+func clusterOf(c *config.Config, name string) (config.Cluster, cluster.Cluster, error) {
 	settings, err := c.Cluster(name)
 	if err != nil {
-		return nil, err
+		return settings, cluster.Cluster{}, err
 	}
 	at, err := reach(settings)
+	return settings, at, err
+}
+
+// storeAndKeys returns the store of the repository, and the keys to it that this
+// host has.
+func storeAndKeys(ctx context.Context, c *config.Config) (store.Store, repo.Access, error) {
+	st, err := open.Store(ctx, c.Repository)
+	if err != nil {
+		return nil, repo.Access{}, err
+	}
+	access, err := open.Access(c, thisVersion().Version)
+	return st, access, err
+}
+
+// logicalOf returns who takes the logical backups of a cluster on this host.
+func logicalOf(c *config.Config, name string, st store.Store, a repo.Access, log *slog.Logger) (*backup.Logical, error) {
+	settings, at, err := clusterOf(c, name)
 	if err != nil {
 		return nil, err
 	}
@@ -38,11 +56,7 @@ func logicalOf(c *config.Config, name string, st store.Store, a repo.Access, log
 
 // physicalOf returns who takes the physical backups of a cluster on this host.
 func physicalOf(c *config.Config, name string, st store.Store, a repo.Access, log *slog.Logger) (*backup.Physical, error) {
-	settings, err := c.Cluster(name)
-	if err != nil {
-		return nil, err
-	}
-	at, err := reach(settings)
+	settings, at, err := clusterOf(c, name)
 	if err != nil {
 		return nil, err
 	}

@@ -295,11 +295,7 @@ func (e *env) walAudit(ctx context.Context, name string, fill, asJSON bool) erro
 
 // fill puts back what the server on this host still has.
 func (e *env) fill(ctx context.Context, cfg *config.Config, r *repo.Repo, cluster string, all []audit.Report, filled *[]string) error {
-	settings, err := cfg.Cluster(cluster)
-	if err != nil {
-		return err
-	}
-	at, err := reach(settings)
+	_, at, err := clusterOf(cfg, cluster)
 	if err != nil {
 		return err
 	}

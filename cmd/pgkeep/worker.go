@@ -18,7 +18,6 @@ import (
 	"github.com/pgkeep/pgkeep/internal/expire"
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/metrics"
-	"github.com/pgkeep/pgkeep/internal/open"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/restore"
 	"github.com/pgkeep/pgkeep/worker"
@@ -50,11 +49,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 	if err != nil {
 		return err
 	}
-	st, err := open.Store(ctx, cfg.Repository)
-	if err != nil {
-		return err
-	}
-	access, err := open.Access(cfg, thisVersion().Version)
+	st, access, err := storeAndKeys(ctx, cfg)
 	if err != nil {
 		return err
 	}

@@ -17,7 +17,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -38,12 +37,7 @@ func main() {
 	flag.BoolVar(&o.noise, "noise", false, "rows that compress to a fifth, not to a twentieth")
 	flag.BoolVar(&o.strict, "strict", false, "fail if a target is missed")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := run(ctx, o); err != nil {
-		fmt.Fprintln(os.Stderr, "benchphysical:", err)
-		os.Exit(1)
-	}
+	compare.Main("benchphysical", func(ctx context.Context) error { return run(ctx, o) })
 }
 
 type options struct {

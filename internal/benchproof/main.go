@@ -10,7 +10,6 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -29,12 +28,7 @@ func main() {
 	flag.IntVar(&o.rounds, "rounds", 3, "times that everything is measured")
 	flag.BoolVar(&o.thorough, "thorough", false, "by hand, too, every row is looked for in every index: pg_amcheck --heapallindexed")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := run(ctx, o); err != nil {
-		fmt.Fprintln(os.Stderr, "benchproof:", err)
-		os.Exit(1)
-	}
+	compare.Main("benchproof", func(ctx context.Context) error { return run(ctx, o) })
 }
 
 type options struct {

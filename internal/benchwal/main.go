@@ -17,7 +17,6 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -40,12 +39,7 @@ func main() {
 	flag.IntVar(&o.replay, "replay", 200, "segments to replay; 0: do not measure this")
 	flag.BoolVar(&o.strict, "strict", false, "fail if a target is missed")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := run(ctx, o); err != nil {
-		fmt.Fprintln(os.Stderr, "benchwal:", err)
-		os.Exit(1)
-	}
+	compare.Main("benchwal", func(ctx context.Context) error { return run(ctx, o) })
 }
 
 type options struct {

@@ -36,12 +36,9 @@ type Test struct {
 	Report proof.Report // zero if Err is not nil
 }
 
-// Answered reports whether t says something about the backup, as proof.Judge has
-// it: it passed, or found something wrong. Else it was kept from an answer, as by
-// a full disk.
-func (t Test) Answered() bool {
-	return t.Err == nil && (t.Passed || fail.KindOf(t.Report.Err()) == fail.ProofFailed)
-}
+// Answered reports whether t can be believed, and says something about the
+// backup.
+func (t Test) Answered() bool { return t.Err == nil && proof.Answered(t.Proof, t.Report) }
 
 // Look reads what the repository holds of a cluster. It takes no key that opens
 // data. now is when it begins.

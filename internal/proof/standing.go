@@ -38,7 +38,7 @@ func Judge(proofs []repo.ListedProof) (s Standing) {
 		if p.Err != nil || json.Unmarshal(p.Report, &rep) != nil {
 			continue
 		}
-		if troubled(p.Passed, rep) {
+		if !Answered(p.Proof, rep) {
 			s.Trouble, s.Troubled = p.Proof, rep
 			continue
 		}
@@ -51,9 +51,10 @@ func Judge(proofs []repo.ListedProof) (s Standing) {
 	return s
 }
 
-// troubled reports whether a test came to no answer.
-func troubled(passed bool, rep Report) bool {
-	return !passed && fail.KindOf(rep.Err()) != fail.ProofFailed
+// Answered reports whether a test says something about the backup: it passed, or
+// found something wrong. Else it was kept from an answer, as by a full disk.
+func Answered(p repo.Proof, rep Report) bool {
+	return p.Passed || fail.KindOf(rep.Err()) == fail.ProofFailed
 }
 
 // State at a time, if a proof counts for that long. 0: for ever.

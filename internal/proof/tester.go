@@ -235,7 +235,7 @@ func (t *Tester) Report(ctx context.Context, s Subject, finished time.Time, trou
 		return rep.Public(), err
 	}
 	p := repo.Proof{Ref: s.Ref, Test: s.Test, Host: t.Host, FinishedAt: rep.Finished, Passed: rep.Verdict == Passed}
-	p.Trouble = troubled(p.Passed, rep)
+	p.Trouble = !Answered(p, rep)
 	if p.Report, err = json.Marshal(rep.Public()); err != nil {
 		return rep.Public(), err
 	}

@@ -14,12 +14,10 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/pgkeep/pgkeep/internal/compare"
@@ -30,17 +28,14 @@ func main() {
 	file := flag.String("write", "", "a file of which all below the mark is replaced by what is printed")
 	only := flag.String("only", "", "one of pgkeep, pgbackrest-aes, pgbackrest-plain, and nothing is written; empty: all")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	var printed bytes.Buffer
-	err := run(ctx, io.MultiWriter(os.Stdout, &printed), *only)
-	if *file != "" && *only == "" && err == nil {
-		err = write(*file, printed.String())
-	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "reliability:", err)
-		os.Exit(1)
-	}
+	compare.Main("reliability", func(ctx context.Context) error {
+		var printed bytes.Buffer
+		err := run(ctx, io.MultiWriter(os.Stdout, &printed), *only)
+		if *file != "" && *only == "" && err == nil {
+			err = write(*file, printed.String())
+		}
+		return err
+	})
 }
 
 const mark = "<!-- What follows is written by: make reliability -->\n"
