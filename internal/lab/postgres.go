@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -205,13 +206,20 @@ func newestBinDir() (string, error) {
 	return filepath.Join(root, strconv.Itoa(newest), "bin"), nil
 }
 
-// freePort asks the kernel for a port that is free now.
+// freePort returns a port of loopback that is free, and not one of those that the
+// kernel gives to outgoing connections: a server needs it later, and again when it
+// is restarted.
 func freePort() (int, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, err
+	for tries := 1; ; tries++ {
+		port := 10_000 + rand.IntN(20_000)
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err == nil {
+			return port, l.Close()
+		}
+		if tries == 100 {
+			return 0, err
+		}
 	}
-	return l.Addr().(*net.TCPAddr).Port, l.Close()
 }
 
 // create runs initdb, unless there is a cluster already.

@@ -10,8 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	mathrand "math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -135,9 +133,11 @@ func (s *S3) prepare() error {
 	if err != nil {
 		return err
 	}
-	if s.Addr, err = lastingAddr(); err != nil {
+	port, err := freePort()
+	if err != nil {
 		return err
 	}
+	s.Addr = fmt.Sprintf("127.0.0.1:%d", port)
 	s.Endpoint = "https://" + s.Addr
 	// Without keep-alive the server closes each connection after one answer.
 	s.args = []string{"--port", s.Addr, "--cert", cert, "--key", key, "--region", s.Region, "--quiet", "--keep-alive"}
@@ -187,21 +187,6 @@ func (s *S3) users() (dir string, err error) {
 		return "", err
 	}
 	return dir, os.WriteFile(filepath.Join(dir, "users.json"), text, 0o600)
-}
-
-// lastingAddr returns a loopback address whose port is free, and not one of those
-// that the kernel gives to outgoing connections: it must be free at Restart too.
-func lastingAddr() (string, error) {
-	for tries := 1; ; tries++ {
-		addr := fmt.Sprintf("127.0.0.1:%d", 10_000+mathrand.IntN(20_000))
-		l, err := net.Listen("tcp", addr)
-		if err == nil {
-			return addr, l.Close()
-		}
-		if tries == 100 {
-			return "", err
-		}
-	}
 }
 
 // keepsAttributes reports whether the file system keeps extended attributes,
