@@ -114,8 +114,8 @@ func lockFile(ctx context.Context, path string) (unlock func() error, err error)
 	}
 }
 
-// prune removes the programs that nobody has asked for since then: each is
-// large, and every change to a source file makes another.
+// prune removes what nobody has asked for since then: a program or a cluster is
+// large, and every change to what it is made of makes another.
 func prune(dir, pattern string, since time.Time) error {
 	old, err := filepath.Glob(filepath.Join(dir, pattern))
 	if err != nil {
@@ -123,8 +123,7 @@ func prune(dir, pattern string, since time.Time) error {
 	}
 	for _, path := range old {
 		if info, err := os.Stat(path); err == nil && info.ModTime().Before(since) {
-			err = os.Remove(path)
-			if err != nil {
+			if err := os.RemoveAll(path); err != nil {
 				return err
 			}
 		}

@@ -31,7 +31,7 @@ type PostgresOptions struct {
 	// Dir holds the data directory "data", the socket and the log. It must be
 	// reachable for the OS user postgres when we are root, and short: a socket's
 	// path has at most 107 bytes. If it already holds a data directory, the
-	// server starts from that one and initdb does not run. Empty: a new
+	// server starts from that one and none is made. Empty: a new
 	// directory under os.TempDir, removed by Stop.
 	Dir string
 	// Settings are lines of postgresql.conf, applied at every start. Beside
@@ -48,6 +48,7 @@ type PostgresOptions struct {
 	BinDir string
 	// Password, if not empty, is the superuser's, and makes the server listen
 	// on a loopback port too, with scram-sha-256. The socket stays open to all.
+	// A data directory that is there already keeps the passwords it has.
 	Password string
 	// Patience is how long a server may take to start, which is long for one that
 	// recovers. 0: a minute.
@@ -77,11 +78,18 @@ func StartPostgres(ctx context.Context, opt PostgresOptions) (*Postgres, error) 
 	if err != nil {
 		return nil, fmt.Errorf("start PostgreSQL: %w", err)
 	}
-	if err := p.create(ctx); err != nil {
+	made, err := p.create(ctx)
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start PostgreSQL: %w", err), p.clean())
 	}
 	if err := p.start(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("start PostgreSQL: %w", err), p.clean())
+	}
+	if made {
+		if err := p.setPassword(ctx); err != nil {
+			p.Kill()
+			return nil, errors.Join(fmt.Errorf("start PostgreSQL: %w", err), p.clean())
+		}
 	}
 	return p, nil
 }
@@ -222,35 +230,36 @@ func freePort() (int, error) {
 	}
 }
 
-// create runs initdb, unless there is a cluster already.
-func (p *Postgres) create(ctx context.Context) error {
+// create makes a cluster, unless there is one already.
+func (p *Postgres) create(ctx context.Context) (made bool, err error) {
 	run := filepath.Join(p.dir, "run")
 	if err := os.MkdirAll(run, 0o700); err != nil {
-		return err
+		return false, err
 	}
 	if err := errors.Join(p.own(p.dir), p.own(run)); err != nil {
-		return err
+		return false, err
 	}
 	if _, err := os.Stat(filepath.Join(p.DataDir, "PG_VERSION")); err == nil {
-		return nil
+		return false, nil
 	}
-	args := []string{"--pgdata=" + p.DataDir, "--username=postgres", "--encoding=UTF8", "--locale=C.UTF-8",
+	args := []string{"--username=postgres", "--encoding=UTF8", "--locale=C.UTF-8",
 		"--data-checksums", "--auth-local=trust", "--auth-host=scram-sha-256", "--no-sync", "--no-instructions"}
 	if p.opt.WALSegmentMB != 0 {
 		args = append(args, "--wal-segsize="+strconv.Itoa(p.opt.WALSegmentMB))
 	}
-	if p.opt.Password != "" {
-		path := filepath.Join(p.dir, "password")
-		defer os.Remove(path)
-		if err := p.writeFile(path, p.opt.Password+"\n"); err != nil {
-			return err
-		}
-		args = append(args, "--pwfile="+path)
+	return true, p.newCluster(ctx, args)
+}
+
+// setPassword gives the superuser the password of the options, if there is one.
+func (p *Postgres) setPassword(ctx context.Context) error {
+	if p.opt.Password == "" {
+		return nil
 	}
-	if out, err := p.Command(ctx, "initdb", args...).CombinedOutput(); err != nil {
-		return fmt.Errorf("initdb in %s: %w: %s", p.DataDir, err, bytes.TrimSpace(out))
+	verifier, err := scram(p.opt.Password)
+	if err != nil {
+		return err
 	}
-	return nil
+	return p.Exec(ctx, "postgres", "ALTER ROLE postgres PASSWORD '"+verifier+"'")
 }
 
 // own gives path to the server's OS user.
@@ -259,14 +268,6 @@ func (p *Postgres) own(path string) error {
 		return nil
 	}
 	return os.Chown(path, int(p.cred.Uid), int(p.cred.Gid))
-}
-
-// writeFile makes a file that only the server's OS user reads.
-func (p *Postgres) writeFile(path, content string) error {
-	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
-		return err
-	}
-	return p.own(path)
 }
 
 // start runs the postmaster and waits until it takes connections.
@@ -396,17 +397,19 @@ func (p *Postgres) Command(ctx context.Context, name string, args ...string) *ex
 	return cmd
 }
 
-// Stop ends the server as "pg_ctl stop -m fast" does, and removes its directory
-// if that is its own.
+// Stop ends the server as "pg_ctl stop -m fast" does. If its directory is its own
+// then that is removed, so the server does not write to it first what it knows, nor
+// archive its log: that is "-m immediate".
 func (p *Postgres) Stop() error {
-	if err := p.shutDown(); err != nil {
-		return errors.Join(err, p.clean())
+	how := syscall.SIGINT
+	if p.ownDir {
+		how = syscall.SIGQUIT
 	}
-	return p.clean()
+	return errors.Join(p.shutDown(how), p.clean())
 }
 
-func (p *Postgres) shutDown() error {
-	p.postmaster.Signal(syscall.SIGINT) // an error means that it has gone already
+func (p *Postgres) shutDown(how syscall.Signal) error {
+	p.postmaster.Signal(how) // an error means that it has gone already
 	select {
 	case <-p.exited:
 		return nil
@@ -435,7 +438,7 @@ func (p *Postgres) Kill() {
 // Restart stops the server, if it runs, and starts it again with settings added
 // to those it had. Conninfo stays the same.
 func (p *Postgres) Restart(ctx context.Context, settings map[string]string) error {
-	if err := p.shutDown(); err != nil {
+	if err := p.shutDown(syscall.SIGINT); err != nil {
 		return err
 	}
 	p.opt.Settings = maps.Clone(p.opt.Settings)

@@ -2,12 +2,15 @@ package lab_test
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/pgkeep/pgkeep/internal/lab"
+	"github.com/pgkeep/pgkeep/internal/pg"
 )
 
 func TestPostgresKeepsCommittedRowsWhenKilled(t *testing.T) {
@@ -120,6 +123,52 @@ func TestPostgresRunsEveryVersion(t *testing.T) {
 			if err := p.Exec(ctx, "postgres", "CREATE EXTENSION amcheck", "SELECT bt_index_check('pg_class_oid_index')"); err != nil {
 				t.Error(err)
 			}
+			other := lab.PostgresForTest(t, lab.PostgresOptions{Version: major})
+			one, two := systemID(t, p), systemID(t, other)
+			if one == two {
+				t.Errorf("two clusters have the system identifier %v", one)
+			}
 		})
 	}
+}
+
+// systemID asks all who know it.
+func systemID(t *testing.T, p *lab.Postgres) pg.SystemID {
+	t.Helper()
+	ctx := t.Context()
+	conn, err := p.Connect(ctx, "postgres")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(ctx)
+	var id string
+	err = conn.QueryRow(ctx, "SELECT system_identifier::text FROM pg_control_system()").Scan(&id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	said, err := pg.ParseSystemID(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(filepath.Join(p.DataDir, "global", "pg_control"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if control, err := pg.ParseControl(b); err != nil || control.System != said {
+		t.Errorf("the server says it is %v, pg_control %v, %v", said, control.System, err)
+	}
+	segments, err := filepath.Glob(filepath.Join(p.DataDir, "pg_wal", "0000*"))
+	if err != nil || len(segments) == 0 {
+		t.Fatalf("WAL files: %q, %v", segments, err)
+	}
+	for _, path := range segments {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if header, err := pg.ParsePageHeader(b[:min(len(b), pg.PageHeaderSize)]); err != nil || header.System != said {
+			t.Errorf("the server says it is %v, %s %v, %v", said, path, header.System, err)
+		}
+	}
+	return said
 }
