@@ -270,7 +270,7 @@ func (r *Repo) WriteIntent(ctx context.Context, in Intent, now func() time.Time)
 // that is there.
 func (r *Repo) Publish(ctx context.Context, m Manifest) (Manifest, error) {
 	d, err := r.draft(ctx, m.Ref)
-	if errors.Is(err, fail.NoBackup) { // deleted; another try may have left a manifest, and not have come to look
+	if errors.Is(err, fail.NoBackup) { // it was deleted
 		return Manifest{}, r.outlives(ctx, m.Ref)
 	}
 	if err != nil {
@@ -283,14 +283,10 @@ func (r *Repo) Publish(ctx context.Context, m Manifest) (Manifest, error) {
 	if n := len(r.epochs); n > 0 {
 		m.Epoch = r.epochs[n-1].Number
 	}
-	if _, err := r.tombstone(ctx, m.Ref); !errors.Is(err, store.ErrNotExist) {
-		if err == nil {
-			err = fmt.Errorf("backup %s was deleted: %w", m.ID, fail.NoBackup)
-		}
+	if err := r.outlives(ctx, m.Ref); err != nil {
 		return Manifest{}, err
 	}
-	key := m.dir() + "manifest.json"
-	err = putSigned(ctx, r.st, r.access, key, m)
+	err = putSigned(ctx, r.st, r.access, m.dir()+"manifest.json", m)
 	if err != nil && !errors.Is(err, store.ErrExist) {
 		return Manifest{}, err
 	}
@@ -300,11 +296,11 @@ func (r *Repo) Publish(ctx context.Context, m Manifest) (Manifest, error) {
 	return r.Backup(ctx, m.Ref)
 }
 
-// outlives looks, after a manifest was written, whether all that it speaks of is
-// there still. A deletion that came between the look before and the write has
-// left, or will leave, nothing of it: then the manifest goes, too. Of all that a
-// deletion removes the intent is the last but the tombstone, and what pinned
-// packs of others.
+// outlives looks, before a manifest is written and after it, whether all that it
+// speaks of is there still. A deletion that came between the two has left, or will
+// leave, nothing of it: then the manifest counts for nothing. It stays, as who takes
+// backups may delete nothing; see alone. Of all that a deletion removes the intent is
+// the last but the tombstone, and what pinned packs of others.
 func (r *Repo) outlives(ctx context.Context, b Ref) error {
 	_, err := r.tombstone(ctx, b)
 	switch {
@@ -316,9 +312,30 @@ func (r *Repo) outlives(ctx context.Context, b Ref) error {
 		}
 	}
 	if errors.Is(err, store.ErrNotExist) || errors.Is(err, fail.NoBackup) {
-		return errors.Join(fmt.Errorf("backup %s was deleted while it was published: %w", b.ID, fail.NoBackup), r.st.Delete(ctx, b.dir()+"manifest.json"))
+		return fmt.Errorf("backup %s was deleted while it was published: %w", b.ID, fail.NoBackup)
 	}
 	return err
+}
+
+// alone reports whether a manifest stands by itself among documents of those names:
+// its backup was deleted while it was published, and the deletion did not see it.
+// One such document is enough for it to count: a deletion leaves none, and to lose
+// one is not to lose the backup.
+func alone(names []string) bool {
+	return !slices.ContainsFunc(names, func(name string) bool {
+		return name == "intent.json" || name == "draft.json" || strings.HasPrefix(name, "tree-") || name == tombstoneName
+	})
+}
+
+// names lists the documents of a backup.
+func (r *Repo) names(ctx context.Context, b Ref) (names []string, err error) {
+	for o, err := range r.st.List(ctx, b.dir(), "") {
+		if err != nil {
+			return nil, wrap("list", b.dir(), err)
+		}
+		names = append(names, strings.TrimPrefix(o.Key, b.dir()))
+	}
+	return names, nil
 }
 
 // Draft returns what the finished upload of a backup stored; store.ErrNotExist
@@ -343,24 +360,46 @@ func (r *Repo) draft(ctx context.Context, b Ref) (d draft, err error) {
 
 // Backup returns the manifest of one backup; fail.NoBackup when there is none.
 func (r *Repo) Backup(ctx context.Context, b Ref) (Manifest, error) {
-	var m Manifest
-	key := b.dir() + "manifest.json"
-	err := r.getSigned(ctx, key, "manifest", &m)
-	switch {
-	case errors.Is(err, store.ErrNotExist):
-		return m, fmt.Errorf("backup %s of cluster %s: %w", b.ID, b.Cluster, fail.NoBackup)
-	case err != nil:
-		return m, err
-	case m.Ref != b:
-		return m, fmt.Errorf("%s: is the manifest of %s of %s: %w", key, m.ID, m.Cluster, fail.Corrupt)
+	m, err := r.manifest(ctx, b)
+	if errors.Is(err, store.ErrNotExist) {
+		err = fmt.Errorf("backup %s of cluster %s: %w", b.ID, b.Cluster, fail.NoBackup)
 	}
-	if _, err := r.tombstone(ctx, b); !errors.Is(err, store.ErrNotExist) {
-		if err == nil {
-			err = fmt.Errorf("backup %s of cluster %s is deleted: %w", b.ID, b.Cluster, fail.NoBackup)
-		}
+	var names []string
+	if err == nil {
+		names, err = r.names(ctx, b)
+	}
+	if err == nil {
+		err = r.counts(ctx, b, names)
+	}
+	if err != nil {
 		return Manifest{}, err
 	}
 	return m, nil
+}
+
+// manifest reads the manifest of a backup, whether or not it counts.
+func (r *Repo) manifest(ctx context.Context, b Ref) (m Manifest, err error) {
+	key := b.dir() + "manifest.json"
+	err = r.getSigned(ctx, key, "manifest", &m)
+	if err == nil && m.Ref != b {
+		err = fmt.Errorf("%s: is the manifest of %s of %s: %w", key, m.ID, m.Cluster, fail.Corrupt)
+	}
+	return m, err
+}
+
+// counts is nil if a manifest that stood among documents of those names is that of
+// a backup.
+func (r *Repo) counts(ctx context.Context, b Ref, names []string) error {
+	_, err := r.tombstone(ctx, b) // asked for, as it may have come since
+	switch {
+	case err == nil:
+		return fmt.Errorf("backup %s of cluster %s is deleted: %w", b.ID, b.Cluster, fail.NoBackup)
+	case !errors.Is(err, store.ErrNotExist):
+		return err
+	case alone(names):
+		return fmt.Errorf("backup %s of cluster %s was deleted while it was published: %w", b.ID, b.Cluster, fail.NoBackup)
+	}
+	return nil
 }
 
 // A Listed is a backup as a list shows it.
@@ -402,9 +441,12 @@ func (r *Repo) Backups(ctx context.Context, cluster string) ([]Listed, error) {
 		case !slices.Contains(names, "manifest.json"):
 			b.Unfinished = true
 		default:
-			m, err := r.Backup(ctx, b.Ref)
+			m, err := r.manifest(ctx, b.Ref)
+			if err == nil {
+				err = r.counts(ctx, b.Ref, names)
+			}
 			switch {
-			case errors.Is(err, fail.NoBackup): // deleted since
+			case errors.Is(err, fail.NoBackup), errors.Is(err, store.ErrNotExist): // deleted
 				continue
 			case fail.KindOf(err).Retry() && err != nil, ctx.Err() != nil:
 				return nil, err // the store's trouble, not this backup's

@@ -122,11 +122,9 @@ func (r *Repo) Undelete(ctx context.Context, b Ref) error {
 		return err
 	}
 	if undeleted { // nothing was removed since; of one whose removal was cut at its end, nothing may be left
-		_, err := readAll(ctx, r.st, b.dir()+"manifest.json", maxDocument)
-		if errors.Is(err, store.ErrNotExist) {
-			_, err = readAll(ctx, r.st, b.dir()+"intent.json", maxDocument)
-		}
-		if errors.Is(err, store.ErrNotExist) {
+		names, err := r.names(ctx, b)
+		names = slices.DeleteFunc(names, func(name string) bool { return name == tombstoneName })
+		if err == nil && alone(names) {
 			undeleted, err = false, r.st.Delete(ctx, t.settlement())
 		}
 		if err != nil {
@@ -205,6 +203,9 @@ func (r *Repo) sweep(ctx context.Context, cluster string, now time.Time, atOnce 
 		return s, err
 	}
 	all, err := r.standing(ctx, cluster)
+	if err == nil {
+		err = r.bury(ctx, all, now)
+	}
 	if err != nil {
 		return s, err
 	}
@@ -291,7 +292,43 @@ type standing struct {
 	stone    *Tombstone // nil: it is not deleted
 	held     bool
 	manifest bool
+	names    []string
 	pins     []ID // of one that is not finished
+}
+
+// bury marks what a deletion left that did not see the manifest come: see alone.
+// Nobody is to bring that back.
+func (r *Repo) bury(ctx context.Context, all []standing, now time.Time) error {
+	for i := range all {
+		b := &all[i]
+		if !b.manifest || b.stone != nil || !alone(b.names) {
+			continue
+		}
+		if _, err := r.manifest(ctx, b.Ref); damaged(err) { // whoever wrote it has no say
+			continue
+		} else if err != nil {
+			return err
+		}
+		names, err := r.names(ctx, b.Ref) // at one time: the list of all has many pages
+		if err != nil {
+			return err
+		}
+		if !alone(names) {
+			continue
+		}
+		err = r.Mark(ctx, b.Ref, now, 0, "deleted while it was published")
+		var t Tombstone
+		if err == nil {
+			t, err = r.tombstone(ctx, b.Ref)
+		}
+		switch {
+		case err == nil:
+			b.stone = &t
+		case !errors.Is(err, fail.Held) && !errors.Is(err, fail.NoBackup) && !errors.Is(err, store.ErrNotExist): // somebody was faster
+			return err
+		}
+	}
+	return nil
 }
 
 // packsByOwner lists the keys of all packs of a cluster by who wrote them.
@@ -325,6 +362,7 @@ func (r *Repo) standing(ctx context.Context, cluster string) (all []standing, er
 			all = append(all, standing{Ref: Ref{cluster, ID(id)}})
 		}
 		b := &all[len(all)-1]
+		b.names = append(b.names, name)
 		switch name {
 		case "manifest.json":
 			b.manifest = true
@@ -372,14 +410,13 @@ func (r *Repo) keepUsed(ctx context.Context, backups []standing, packs map[ID][]
 		if len(packs) == 0 {
 			return nil
 		}
-		var m Manifest
-		err := r.getSigned(ctx, b.dir()+"manifest.json", "manifest", &m)
+		m, err := r.manifest(ctx, b.Ref)
 		switch {
 		case errors.Is(err, store.ErrNotExist): // removed by another sweep
 			continue
 		case err != nil && !damaged(err):
 			return err
-		case err != nil || m.Ref != b.Ref:
+		case err != nil:
 			clear(packs) // nobody knows what it uses
 			return nil
 		}
@@ -428,12 +465,9 @@ func (r *Repo) eachPack(ctx context.Context, part Part, backup ID, f func(Pack))
 // documents are the keys of what describes a deleted backup, in the order in
 // which they are to be removed: the tombstone comes last.
 func (r *Repo) documents(ctx context.Context, b Ref) (keys [][]string, err error) {
-	var names []string
-	for o, err := range r.st.List(ctx, b.dir(), "") {
-		if err != nil {
-			return nil, wrap("list", b.dir(), err)
-		}
-		names = append(names, strings.TrimPrefix(o.Key, b.dir()))
+	names, err := r.names(ctx, b)
+	if err != nil {
+		return nil, err
 	}
 	for _, first := range []string{"manifest", "tree-", "draft", "intent", "", tombstoneName} { // "": whatever else there is
 		var some []string

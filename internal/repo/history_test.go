@@ -74,8 +74,10 @@ func (h *history) step(t *testing.T) error {
 		return h.attempt()
 	case n < 12:
 		return h.backUpWhileDeleting(t)
-	case n < 15:
+	case n < 14:
 		return h.deleteWhileBackingUp(t)
+	case n < 15:
+		return h.deleteWhilePublishing(t)
 	case n < 17:
 		return h.cutDelete(t)
 	default:
@@ -142,6 +144,16 @@ func (h *history) change() {
 	h.disk[label] = fmt.Appendf(nil, "%d", h.rnd.IntN(3))
 }
 
+// writeOnly is what who takes backups has of a store: nothing can be deleted there.
+func writeOnly(st store.Store) store.Store {
+	return &fault.Store{Store: st, Before: func(op, key string) error {
+		if op == "delete" {
+			return fmt.Errorf("delete %s: %w", key, fail.StoreDenied)
+		}
+		return nil
+	}}
+}
+
 func (h *history) writing(n int) repo.Writing {
 	return repo.Small(repo.Writing{Ref: repo.Ref{Cluster: "main", ID: backupID(n)}, PackSize: 60_000, Readers: 1 + h.rnd.IntN(4)/3*2})
 }
@@ -163,10 +175,11 @@ func (h *history) begin() (int, error) {
 // finish stores and publishes backup n, through st.
 func (h *history) finish(st store.Store, n int) error {
 	d := maps.Clone(h.disk)
-	if _, err := store1(h.r.Through(st), d, h.writing(n)); err != nil {
+	r := h.r.Through(writeOnly(st))
+	if _, err := store1(r, d, h.writing(n)); err != nil {
 		return fmt.Errorf("store %d: %w", n, err)
 	}
-	if _, err := publish(h.r, n); err != nil {
+	if _, err := publish(r, n); err != nil {
 		return fmt.Errorf("publish %d: %w", n, err)
 	}
 	h.note("published %d", n)
@@ -271,6 +284,29 @@ func (h *history) deleteWhileBackingUp(t *testing.T) error {
 	st, failed := h.at(1+h.rnd.IntN(12), "put get list", func() error { return h.delete(h.mem, victim) })
 	if err := errors.Join(h.backUp(st), *failed); err != nil {
 		return err
+	}
+	return h.check(t)
+}
+
+// deleteWhilePublishing deletes what is just being published, between any two
+// calls, and tries to publish it once more.
+func (h *history) deleteWhilePublishing(t *testing.T) error {
+	h.change()
+	n, err := h.begin()
+	if err != nil {
+		return err
+	}
+	if _, err := store1(h.r, h.disk, h.writing(n)); err != nil {
+		return fmt.Errorf("store %d: %w", n, err)
+	}
+	h.live[n] = maps.Clone(h.disk) // unless it is deleted
+	st, failed := h.at(1+h.rnd.IntN(14), "put get list", func() error { return h.delete(h.mem, n) })
+	for range 2 {
+		_, err := publish(h.r.Through(writeOnly(st)), n)
+		h.note("publish %d: %v", n, err)
+		if err = errors.Join(err, *failed); err != nil && (h.live[n] != nil || !errors.Is(err, fail.NoBackup)) {
+			return err
+		}
 	}
 	return h.check(t)
 }

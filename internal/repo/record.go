@@ -67,8 +67,8 @@ func (r *Repo) Records(ctx context.Context, cluster string) ([]Record, error) {
 	return there, nil
 }
 
-// record reads what the documents of those names say; gone tells that there was
-// a tombstone, and with it went the backup.
+// record reads what the documents of those names say; gone tells that it is no
+// backup any more: a deletion has come to its end.
 func (r *Repo) record(ctx context.Context, b *Record, names []string) (gone bool, err error) {
 	b.Unfinished = !slices.Contains(names, "manifest.json")
 	ref := b.Ref
@@ -82,18 +82,18 @@ func (r *Repo) record(ctx context.Context, b *Record, names []string) (gone bool
 			if t, err = r.tombstone(ctx, ref); err == nil {
 				b.Deleted = &t
 			} else if errors.Is(err, store.ErrNotExist) {
-				var left bool
-				if left, err = r.left(ctx, ref); err == nil && !left {
+				var left []string
+				if left, err = r.names(ctx, ref); err == nil && alone(left) {
 					return true, nil
 				}
 			}
 		case name == "manifest.json":
 			var m Manifest
-			if err = r.getSigned(ctx, ref.dir()+name, "manifest", &m); err == nil && m.Ref != ref {
-				err = fail.Corrupt
-			}
-			if err == nil {
+			if m, err = r.manifest(ctx, ref); err == nil {
 				b.Manifest = m
+				if alone(names) {
+					return true, nil
+				}
 			}
 		case name == "intent.json" && b.Unfinished:
 			err = r.getSigned(ctx, ref.dir()+name, "intent", &b.Intent)
@@ -122,15 +122,6 @@ func (r *Repo) record(ctx context.Context, b *Record, names []string) (gone bool
 		}
 	}
 	b.Ref = ref
-	return false, nil
-}
-
-// left reports whether anything is left of a backup whose tombstone went while it
-// was read.
-func (r *Repo) left(ctx context.Context, b Ref) (bool, error) {
-	for _, err := range r.st.List(ctx, b.dir(), "") {
-		return err == nil, wrap("list", b.dir(), err)
-	}
 	return false, nil
 }
 

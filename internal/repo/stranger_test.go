@@ -175,7 +175,8 @@ func TestReadingDirectoriesIsProgress(t *testing.T) {
 }
 
 // A deletion that falls between Publish's last look and its write wins: nothing
-// is listed that lacks its packs.
+// is listed that lacks its packs, though who takes backups may delete nothing, and
+// the next deletion clears away what was written.
 func TestC2DeletionWhilePublishing(t *testing.T) {
 	for _, cut := range []bool{false, true} {
 		deletionWhilePublishing(t, cut)
@@ -183,7 +184,7 @@ func TestC2DeletionWhilePublishing(t *testing.T) {
 }
 
 // deletionWhilePublishing lets the first try die behind its write, if it is to be
-// cut: the next one cleans up.
+// cut, and then tries once more.
 func deletionWhilePublishing(t *testing.T, cut bool) {
 	b := setup(t, new(store.Mem), false)
 	root, _ := tree(t)
@@ -192,6 +193,9 @@ func deletionWhilePublishing(t *testing.T, cut bool) {
 	racing := &fault.Store{Store: b.st, Before: func(op, key string) error {
 		mu.Lock()
 		defer mu.Unlock()
+		if op == "delete" {
+			return fail.StoreDenied
+		}
 		if cut && written {
 			written, cut = false, false
 			return fault.ErrInjected
@@ -216,9 +220,42 @@ func deletionWhilePublishing(t *testing.T, cut bool) {
 	if !errors.Is(err, fail.NoBackup) || !deleted || cut {
 		t.Errorf("err = %v, want no-backup", err)
 	}
+	if _, err := b.r.Backup(ctx, ref); !errors.Is(err, fail.NoBackup) {
+		t.Errorf("Backup: %v, want no-backup", err)
+	}
+	if list, err := b.r.Backups(ctx, "main"); err != nil || len(list) > 0 {
+		t.Errorf("Backups = %v, %v, want none", list, err)
+	}
+	if all, err := b.r.Records(ctx, "main"); err != nil || len(all) > 0 {
+		t.Errorf("Records = %v, %v, want none", all, err)
+	}
+	if s, err := b.r.Sweep(ctx, "main", now); err != nil || len(s.Backups) != 1 {
+		t.Errorf("Sweep = %+v, %v, want one", s, err)
+	}
 	for key := range objects(t, b.st) {
 		if strings.HasPrefix(key, "clusters/") {
 			t.Errorf("left behind: %s", key)
+		}
+	}
+}
+
+// Of a backup that is there, one document may be lost: it is listed, and kept.
+func TestALostIntentHidesNothing(t *testing.T) {
+	for _, lost := range []string{"intent.json", "draft.json"} {
+		b := setup(t, new(store.Mem), false)
+		root, want := tree(t)
+		m := backUp(t, b.r, root)
+		if err := b.st.Delete(ctx, "clusters/main/backups/"+string(ref.ID)+"/"+lost); err != nil {
+			t.Fatal(err)
+		}
+		if s, err := b.r.Sweep(ctx, "main", now); err != nil || s.Objects > 0 {
+			t.Errorf("without %s: swept %+v, %v", lost, s, err)
+		}
+		if list, err := b.r.Backups(ctx, "main"); err != nil || len(list) != 1 || list[0].Err != nil {
+			t.Errorf("without %s: Backups = %v, %v", lost, list, err)
+		}
+		if got, err := extract(t, b.r, m); err != nil || !same(got, want) {
+			t.Errorf("without %s: %v", lost, err)
 		}
 	}
 }
