@@ -137,7 +137,7 @@ func (l *Ledger) enter(ctx context.Context, r *repo.Repo, o repo.WALObject, know
 	case l.SegmentSize == 0 && o.Name.Kind == pg.BackupHistory:
 		return "", nil // it comes before the first segment
 	case l.SegmentSize == 0:
-		size, err := r.WALSize(ctx, l.Archive, o.Name)
+		size, err := r.WALSize(ctx, l.Archive, o)
 		if err != nil {
 			return "", err
 		}

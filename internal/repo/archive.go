@@ -3,7 +3,6 @@ package repo
 import (
 	"context"
 	"iter"
-	"path"
 	"strconv"
 	"strings"
 	"time"
@@ -69,8 +68,8 @@ func (r *Repo) WALObjects(ctx context.Context, a Archive, after pg.WALName) iter
 			if strings.HasPrefix(o.Key, a.dir()+"claims/") || strings.HasPrefix(o.Key, a.expired()) { // they come last
 				return
 			}
-			n, err := pg.ParseWALName(strings.TrimSuffix(path.Base(o.Key), ".zst"))
-			if err != nil || o.Key != a.key(n) {
+			n, _, ok := a.name(o.Key)
+			if !ok {
 				n = pg.WALName{}
 			}
 			if !yield(WALObject{n, o.Key, o.Size, o.Modified}, nil) {
@@ -82,10 +81,10 @@ func (r *Repo) WALObjects(ctx context.Context, a Archive, after pg.WALName) iter
 
 // WALSize reads how many bytes an archived file has, from its signed header:
 // that takes no key that opens data.
-func (r *Repo) WALSize(ctx context.Context, a Archive, n pg.WALName) (int64, error) {
-	o, err := r.openWAL(ctx, a, n)
+func (r *Repo) WALSize(ctx context.Context, a Archive, of WALObject) (int64, error) {
+	o, err := r.openWAL(ctx, a, of.Name, of.Key)
 	if err != nil {
-		return 0, wrap("read", a.key(n), err)
+		return 0, wrap("read", of.Key, err)
 	}
 	return o.header.Size, o.Close()
 }

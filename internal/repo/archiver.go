@@ -141,11 +141,12 @@ func (r *Repo) putWAL(ctx context.Context, a Archive, n pg.WALName, h walHeader,
 	if err != nil {
 		return wrap("sign", n.String(), err)
 	}
-	err = r.st.Put(ctx, a.key(n), bytes.NewReader(p.object(doc)), store.PutOptions{IfAbsent: true})
+	key := a.keyBy(n, h.Instance)
+	err = r.st.Put(ctx, key, bytes.NewReader(p.object(doc)), store.PutOptions{IfAbsent: true})
 	if errors.Is(err, store.ErrExist) {
-		return wrap("compare", a.key(n), r.sameWAL(ctx, a, n, h))
+		return wrap("compare", key, r.sameWAL(ctx, a, n, h))
 	}
-	return wrap("write", a.key(n), err)
+	return wrap("write", key, err)
 }
 
 // headroom is what a parcel leaves before the body for what goes there last.

@@ -36,6 +36,27 @@ func (a Archive) key(n pg.WALName) string {
 	return a.timeline(n.Timeline) + n.String() + ".zst"
 }
 
+// keyBy is the key of a file that an instance archives. Every server that leaves
+// a timeline archives a last piece of it, as far as it had come: they differ, all
+// are right, and none may keep the next from archiving.
+func (a Archive) keyBy(n pg.WALName, instance string) string {
+	if n.Kind != pg.Partial || instance == "" {
+		return a.key(n)
+	}
+	return a.timeline(n.Timeline) + n.String() + "." + instance + ".zst"
+}
+
+// name takes a key apart, into the file's name and, of a partial segment, the
+// instance: earlier versions wrote none there. ok is false for other keys.
+func (a Archive) name(key string) (n pg.WALName, instance string, ok bool) {
+	text := strings.TrimSuffix(path.Base(key), ".zst")
+	if file, by, cut := strings.Cut(text, ".partial."); cut && by != "" {
+		text, instance = file+".partial", by
+	}
+	n, err := pg.ParseWALName(text)
+	return n, instance, err == nil && key == a.keyBy(n, instance)
+}
+
 // A walHeader begins every object of the archive. It is signed and never
 // encrypted, so that a host that cannot read data can compare.
 type walHeader struct {
@@ -55,7 +76,7 @@ const maxWALHeader = 64 << 10
 
 // sameWAL fails unless what is stored is what is to be stored, and whole.
 func (r *Repo) sameWAL(ctx context.Context, a Archive, n pg.WALName, want walHeader) error {
-	o, err := r.openWAL(ctx, a, n)
+	o, err := r.openWAL(ctx, a, n, a.keyBy(n, want.Instance))
 	if err != nil {
 		return err
 	}
@@ -71,7 +92,7 @@ func (r *Repo) sameWAL(ctx context.Context, a Archive, n pg.WALName, want walHea
 // signed header. That takes no key. It fails with store.ErrNotExist where the
 // store says that there is no such object.
 func (r *Repo) CheckWAL(ctx context.Context, a Archive, n pg.WALName) error {
-	o, err := r.openWAL(ctx, a, n)
+	o, err := r.findWAL(ctx, a, n)
 	if err == nil {
 		err = o.finish()
 		o.Close()
@@ -84,7 +105,7 @@ func (r *Repo) CheckWAL(ctx context.Context, a Archive, n pg.WALName) error {
 // of the file that was archived. It fails with store.ErrNotExist where the store
 // says that there is no such object.
 func (r *Repo) ReadWAL(ctx context.Context, a Archive, n pg.WALName, w io.Writer) error {
-	o, err := r.openWAL(ctx, a, n)
+	o, err := r.findWAL(ctx, a, n)
 	if err == nil {
 		defer o.Close()
 		err = r.copyWAL(o, w)
@@ -139,15 +160,43 @@ type walObject struct {
 	err    error // of the store, but for the end
 }
 
+// findWAL is openWAL where only the file's name is known. Of partial segments
+// there may be several, and none is better than another.
+func (r *Repo) findWAL(ctx context.Context, a Archive, n pg.WALName) (*walObject, error) {
+	if n.Kind != pg.Partial {
+		return r.openWAL(ctx, a, n, a.key(n))
+	}
+	var found []string
+	for o, err := range r.st.List(ctx, a.timeline(n.Timeline)+n.String()+".", "") {
+		if err != nil {
+			return nil, err
+		}
+		if same, _, ok := a.name(o.Key); ok && same == n {
+			found = append(found, o.Key)
+		}
+	}
+	switch len(found) {
+	case 0:
+		return nil, store.ErrNotExist
+	case 1:
+		return r.openWAL(ctx, a, n, found[0])
+	}
+	return nil, fail.Hint(fmt.Errorf("%d servers left the timeline within this segment: %w", len(found), fail.BadConfig),
+		"PostgreSQL needs none of them: the segment of the next timeline begins with the same log. Read one from the repository itself: "+strings.Join(found, ", "))
+}
+
 // openWAL reads the header of an object and checks that it belongs there.
-func (r *Repo) openWAL(ctx context.Context, a Archive, n pg.WALName) (*walObject, error) {
-	rc, err := r.st.Get(ctx, a.key(n), store.Range{})
+func (r *Repo) openWAL(ctx context.Context, a Archive, n pg.WALName, key string) (*walObject, error) {
+	rc, err := r.st.Get(ctx, key, store.Range{})
 	if err != nil {
 		return nil, err
 	}
 	o := &walObject{ReadCloser: rc, sum: sha256.New()}
 	if o.header, err = r.readWALHeader(o); err == nil {
 		err = o.header.belongs(a, n, r.Marker.Encrypted)
+	}
+	if err == nil && key != a.key(n) && key != a.keyBy(n, o.header.Instance) {
+		err = fmt.Errorf("holds a file of instance %q: %w", o.header.Instance, fail.Corrupt)
 	}
 	if err != nil {
 		rc.Close()
@@ -224,7 +273,8 @@ func (o *walObject) why(err error) error {
 }
 
 // ListWAL yields the files of one timeline of an archive, in the order of their
-// names; timeline 0 means all, timeline by timeline. Of after and what sorts
+// names; timeline 0 means all, timeline by timeline. A partial segment is yielded
+// once for each who archived it. Of after and what sorts
 // before it, nothing is listed; the zero name means from the beginning.
 func (r *Repo) ListWAL(ctx context.Context, a Archive, t pg.Timeline, after pg.WALName) iter.Seq2[pg.WALName, error] {
 	prefix := a.dir()
@@ -241,8 +291,8 @@ func (r *Repo) ListWAL(ctx context.Context, a Archive, t pg.Timeline, after pg.W
 				yield(pg.WALName{}, wrap("list", prefix, err))
 				return
 			}
-			n, err := pg.ParseWALName(strings.TrimSuffix(path.Base(o.Key), ".zst"))
-			if err != nil || o.Key != a.key(n) {
+			n, _, ok := a.name(o.Key)
+			if !ok {
 				continue // not ours
 			}
 			if !yield(n, nil) {

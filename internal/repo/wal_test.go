@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -205,6 +207,67 @@ func TestWALOfAnotherPlaceIsRefused(t *testing.T) {
 	}
 	if err := b.r.ReadWAL(ctx, archive, free, io.Discard); !errors.Is(err, fail.Untrusted) {
 		t.Errorf("signed by a stranger: %v, want %v", err, fail.Untrusted)
+	}
+}
+
+// Each who leaves a timeline archives the last piece of it. Earlier versions kept
+// one, and what they kept is read.
+func TestEachPartialSegmentHasAPlaceOfItsOwn(t *testing.T) {
+	b := setup(t, new(store.Mem), true)
+	whole, content := segment(t)
+	n, err := pg.ParseWALName(whole.String() + ".partial")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := strings.TrimSuffix(walKey, ".zst")
+	put := func(instance string, first byte) {
+		t.Helper()
+		own := bytes.Clone(content)
+		own[0] = first
+		if _, err := b.r.Archiver(archive, instance).Put(ctx, repo.WALFile{Name: n, Size: int64(len(own)), Content: bytes.NewReader(own)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	first := func() (byte, error) {
+		var got bytes.Buffer
+		if err := b.r.ReadWAL(ctx, archive, n, &got); err != nil {
+			return 0, err
+		}
+		return got.Bytes()[0], nil
+	}
+	if _, err := first(); !errors.Is(err, store.ErrNotExist) {
+		t.Errorf("none is there: %v", err)
+	}
+	put("", 1) // that is where earlier versions put it
+	object(t, b.st, dir+".partial.zst")
+	if got, err := first(); got != 1 || err != nil {
+		t.Errorf("the one of an earlier version: %d, %v", got, err)
+	}
+	put("i1", 2)
+	put("i1", 2)
+	put("i2", 3)
+	var keys []string
+	for o, err := range b.r.WALObjects(ctx, archive, pg.WALName{}) {
+		if err != nil || o.Name != n {
+			t.Fatal(o, err)
+		}
+		if size, err := b.r.WALSize(ctx, archive, o); err != nil || size != int64(len(content)) {
+			t.Errorf("%s has %d bytes, %v", o.Key, size, err)
+		}
+		keys = append(keys, o.Key)
+	}
+	if want := []string{dir + ".partial.i1.zst", dir + ".partial.i2.zst", dir + ".partial.zst"}; !slices.Equal(keys, want) {
+		t.Errorf("got %q, want %q", keys, want)
+	}
+	if _, err := first(); !errors.Is(err, fail.BadConfig) || !strings.Contains(fail.HintOf(err), keys[1]) {
+		t.Errorf("which of three: %v; hint: %s", err, fail.HintOf(err))
+	}
+	stolen := repo.WALObject{Name: n, Key: dir + ".partial.i3.zst"}
+	if err := b.st.Put(ctx, stolen.Key, bytes.NewReader(object(t, b.st, keys[0])), store.PutOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.r.WALSize(ctx, archive, stolen); !errors.Is(err, fail.Corrupt) {
+		t.Errorf("at the place of another instance: %v", err)
 	}
 }
 

@@ -18,8 +18,8 @@ import (
 // or it is the first to archive it. A server in recovery does not come first:
 // with archive_mode=always it archives beside its primary.
 //
-// The last, partial segment of a timeline is nobody's: the server that left the
-// timeline archives it.
+// The last, partial segment of a timeline is nobody's: every server that leaves the
+// timeline archives its own.
 func (p *push) may(ctx context.Context, n pg.WALName) error {
 	if n.Kind == pg.Partial {
 		return nil

@@ -341,3 +341,32 @@ func TestNothingIsSentBeforeTheRepositoryIsKnown(t *testing.T) {
 		}
 	}
 }
+
+// The primary fails, and two standbys are promoted one after the other, within
+// one segment. PostgreSQL archives the last piece of the old timeline first: what
+// it is refused for, it tries for ever, and the log of the only server that lives
+// stays where it is.
+func TestASecondFailoverWithinASegmentArchivesOn(t *testing.T) {
+	st := new(store.Mem)
+	r := archiveIn(t, st)
+	primary := newSite(t, r, serverDir(t), "db1")
+	primary.push(seg+"42", 1, "")
+	primary.cloneOf(r, "refused").push(seg+"4A.partial", 9, "")
+	b, c := primary.cloneOf(r, "db2"), primary.cloneOf(r, "db3")
+	control(t, b.dir, 2, pg.InProduction)
+	b.push("00000002.history", 0, "")
+	b.push(seg+"4A.partial", 2, "") // as far as it had come
+	control(t, c.dir, 3, pg.InProduction)
+	c.push("00000003.history", 0, "")
+	c.push(seg+"4A.partial", 3, "") // a little further
+	c.push("00000003000000000000004A", 3, "")
+
+	before := objects(t, st)
+	c.push(seg+"4A.partial", 3, "")
+	if after := objects(t, st); after != before {
+		t.Errorf("pushed again, there is\n%safter\n%s", after, before)
+	}
+	if n := strings.Count(before, seg+"4A.partial."); n != 3 {
+		t.Errorf("%d partial segments among\n%s", n, before)
+	}
+}
