@@ -16,8 +16,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/zeebo/xxh3"
-
 	"github.com/pgkeep/pgkeep/internal/durable"
 	"github.com/pgkeep/pgkeep/internal/pg"
 )
@@ -213,13 +211,13 @@ func (p *push) sendOne(ctx context.Context, l *ledger, n pg.WALName) {
 	}
 	defer l.records.Remove(sendingName(n)) // when there is a record
 	defer mark.Close()
-	check := xxh3.New()
-	info, sum, err := p.push(ctx, n, p.path(n), check)
+	begun := time.Now()
+	info, sum, err := p.push(ctx, n, p.path(n))
 	if err != nil {
 		return // its own turn will tell
 	}
 	r := p.record(n, info)
-	r.Sum, r.Check, r.Archived = hex.EncodeToString(sum), hex.EncodeToString(digest(check)), time.Now().UnixNano()
+	r.Sum, r.Begun, r.Archived = hex.EncodeToString(sum), begun.UnixNano(), time.Now().UnixNano()
 	if r.Repository, err = p.archiver.Repository(ctx); err == nil {
 		r.write(l.records, recordName(n))
 	}

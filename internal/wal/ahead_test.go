@@ -183,6 +183,27 @@ func TestARecordIsBelievedOnlyIfAllFits(t *testing.T) {
 	}
 }
 
+// A file is not read again if the times prove that nobody wrote to it; a write in
+// the moment in which it was read may have left none of its own.
+func TestTimesProveThatAFileIsTheSame(t *testing.T) {
+	sent := time.Date(2026, 3, 29, 1, 0, 0, 0, time.UTC)
+	for name, c := range map[string]struct {
+		changed, now time.Time
+		want         bool
+	}{
+		"complete for long":       {sent.Add(-time.Hour), sent.Add(-time.Hour), true},
+		"complete a moment ago":   {sent.Add(-time.Second), sent.Add(-time.Second), false},
+		"changed while it was":    {sent.Add(time.Second), sent.Add(time.Second), false},
+		"changed since":           {sent.Add(-time.Hour), sent.Add(time.Minute), false},
+		"replaced by an old file": {sent.Add(-time.Hour), sent.Add(-2 * time.Hour), false},
+		"a clock that was ahead":  {sent.Add(time.Hour), sent.Add(time.Hour), false},
+	} {
+		if got := wal.Untouched(c.changed, sent, c.now); got != c.want {
+			t.Errorf("%s: untouched = %t", name, got)
+		}
+	}
+}
+
 func cp(from, to string) error {
 	b, err := os.ReadFile(from)
 	if err != nil {

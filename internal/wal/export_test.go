@@ -1,6 +1,9 @@
 package wal
 
-import "os"
+import (
+	"os"
+	"time"
+)
 
 // InstanceAt is the id that a directory has for a process on a machine.
 func InstanceAt(dir, machine, host string) (string, error) {
@@ -15,4 +18,10 @@ func InstanceAt(dir, machine, host string) (string, error) {
 		id, err = at.begin(root)
 	}
 	return id, err
+}
+
+// Untouched is what a record of a file that had a status of this time, and was
+// read from begun on, says of a file of another.
+func Untouched(changed, begun, now time.Time) bool {
+	return record{Changed: changed.UnixNano(), Begun: begun.UnixNano()}.untouched(now.UnixNano())
 }

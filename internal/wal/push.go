@@ -93,7 +93,7 @@ func (p Pusher) Push(ctx context.Context, path string) error {
 	if !alone {
 		g.Go(func() { j.lookAhead(ahead, n, slots) })
 	}
-	_, _, err = j.push(ctx, n, path, io.Discard)
+	_, _, err = j.push(ctx, n, path)
 	<-slots
 	if err != nil {
 		cancel()
@@ -106,9 +106,9 @@ func (p Pusher) Push(ctx context.Context, path string) error {
 
 func (p *push) path(n pg.WALName) string { return filepath.Join(p.DataDir, "pg_wal", n.String()) }
 
-// push archives one file, whose content it also writes to w, and returns its
+// push archives one file, and returns what it was before it was read, and its
 // SHA-256.
-func (p *push) push(ctx context.Context, n pg.WALName, path string, w io.Writer) (info fs.FileInfo, sum []byte, err error) {
+func (p *push) push(ctx context.Context, n pg.WALName, path string) (info fs.FileInfo, sum []byte, err error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, nil, err
@@ -128,7 +128,7 @@ func (p *push) push(ctx context.Context, n pg.WALName, path string, w io.Writer)
 		}
 		return nil, nil, err
 	}
-	sum, err = p.archiver.Put(ctx, repo.WALFile{Name: n, Size: info.Size(), Content: io.TeeReader(content, w),
+	sum, err = p.archiver.Put(ctx, repo.WALFile{Name: n, Size: info.Size(), Content: content,
 		May: func(ctx context.Context) error { return p.may(ctx, n) }})
 	return info, sum, err
 }
