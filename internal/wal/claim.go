@@ -24,6 +24,11 @@ func (p *push) may(ctx context.Context, n pg.WALName) error {
 	if n.Kind == pg.Partial {
 		return nil
 	}
+	own := n.Timeline == p.server.Timeline
+	if own && time.Now().UnixNano()-p.confirmed.Load() < int64(lookAbout) {
+		return nil
+	}
+	asked := time.Now()
 	c, err := p.archiver.Claim(ctx, n.Timeline)
 	if errors.Is(err, store.ErrNotExist) {
 		if p.server.Recovering {
@@ -32,8 +37,14 @@ func (p *push) may(ctx context.Context, n pg.WALName) error {
 		}
 		c, err = p.claim(ctx, n.Timeline, repo.Claim{})
 	}
-	if err != nil || c.Instance == p.instance.ID {
+	if err != nil {
 		return err
+	}
+	if c.Instance == p.instance.ID {
+		if own {
+			p.confirmed.Store(asked.UnixNano())
+		}
+		return nil
 	}
 	if shared, err := p.shared(ctx, n); shared || err != nil {
 		return err

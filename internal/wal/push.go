@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/pg"
@@ -42,15 +43,22 @@ type push struct {
 	server   Server
 	instance Instance
 	archiver *repo.Archiver
+	// When the claim on the server's timeline was asked for and found to be this
+	// instance's, in nanoseconds. For a moment it is not asked for again: a process
+	// that sends many files would do so for each.
+	confirmed atomic.Int64
 }
 
-func (p Pusher) begin() (push, error) {
+func (p Pusher) begin() (*push, error) {
 	s, err := ReadServer(p.DataDir)
 	if err != nil {
-		return push{}, err
+		return nil, err
 	}
 	i, err := OpenInstance(p.DataDir)
-	return push{Pusher: p, server: s, instance: i}, err
+	if err != nil {
+		return nil, err
+	}
+	return &push{Pusher: p, server: s, instance: i}, nil
 }
 
 func (p *push) connect(ctx context.Context) (err error) {

@@ -15,6 +15,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/pgkeep/pgkeep/internal/fault"
 	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/store"
@@ -128,6 +129,42 @@ func TestAProcessEndsAfterAWhile(t *testing.T) {
 			t.Errorf("records %q", got)
 		}
 		time.Sleep(time.Minute)
+	})
+}
+
+// Whose the timeline is, it asks now and then, not for each file; and when another
+// instance takes the timeline over, it sends no more.
+func TestAProcessSeesThatItsTimelineIsTakenOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		mem := new(store.Mem)
+		var asked atomic.Int32
+		h := newHelped(t, mem, &fault.Store{Store: mem, Before: func(op, key string) error {
+			if op == "list" && strings.Contains(key, "/claims/") {
+				asked.Add(1)
+			}
+			return nil
+		}})
+		names := h.waiting(30)
+		h.archive(names[0], false)
+		settle()
+		if got := len(h.records()); got != 16 || asked.Load() > 3 { // three go up at a time
+			t.Errorf("asked %d times for %d files", asked.Load(), got)
+		}
+		r, err := repo.Open(ctx, mem, access(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		clone := h.cloneOf(r, "db2")
+		if _, err := clone.Claim(ctx); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range names[1:4] { // they were sent in time
+			h.archive(name, true)
+		}
+		settle()
+		if got := h.records(); len(got) != 13 {
+			t.Errorf("%d records: it goes on sending", len(got))
+		}
 	})
 }
 
