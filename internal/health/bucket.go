@@ -100,7 +100,7 @@ func (b Bucket) findKeys(f *findings) {
 	for i, k := range b.Keys {
 		newest := i == len(b.Keys)-1
 		switch {
-		case len(k.Recipients) == 0:
+		case newest && len(k.Recipients) == 0: // of an older one nothing can be done
 			f.add("key-nobody", Critical, "pgkeep key rotate", "nobody can open what is encrypted to epoch %d: it has no recipient", k.Epoch)
 		case b.Identity && !k.Opens:
 			f.add("key-closed", Critical, "name the identity of one of its recipients as keys.identity; who has one lets others in with pgkeep key add-recipient", "the identity here does not open the backups of key epoch %d: %s", k.Epoch, k.Reason)

@@ -1,6 +1,7 @@
 package health_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -8,7 +9,6 @@ import (
 	"encoding/pem"
 	"fmt"
 	"io"
-	"iter"
 	"log"
 	"net/http"
 	"net/http/httptest"
@@ -16,7 +16,9 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -24,6 +26,7 @@ import (
 	"filippo.io/age"
 	"github.com/aws/aws-sdk-go-v2/aws"
 	awss3 "github.com/aws/aws-sdk-go-v2/service/s3"
+	"github.com/aws/aws-sdk-go-v2/service/s3/types"
 
 	"github.com/pgkeep/pgkeep/internal/bucket"
 	"github.com/pgkeep/pgkeep/internal/health"
@@ -46,6 +49,7 @@ var (
 type gate struct {
 	*httptest.Server
 	answer func(r *http.Request) (status int, body string) // 0: the server answers
+	change func(body string) string                        // of what the server answers; nil: as it is
 }
 
 func newGate(t *testing.T, behind *lab.S3) *gate {
@@ -66,6 +70,17 @@ func newGate(t *testing.T, behind *lab.S3) *gate {
 		},
 		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: authorities}},
 		ErrorLog:  log.New(io.Discard, "", 0),
+		ModifyResponse: func(r *http.Response) error {
+			if g.change == nil {
+				return nil
+			}
+			body, err := io.ReadAll(r.Body)
+			r.Body.Close()
+			text := g.change(string(body))
+			r.Body, r.ContentLength = io.NopCloser(strings.NewReader(text)), int64(len(text))
+			r.Header.Set("Content-Length", strconv.Itoa(len(text)))
+			return err
+		},
 	}
 	t.Cleanup(proxy.Transport.(*http.Transport).CloseIdleConnections)
 	g.Server = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -139,13 +154,11 @@ func TestBucketFindings(t *testing.T) {
 	a, second := access(t), identity(t)
 	ask := func() []health.Finding { return health.AskBucket(t.Context(), st, a, probe).Findings(writes) }
 
-	f, ok := find(ask(), "repository")
-	if !ok || f.Severity != health.Critical {
-		t.Errorf("of an empty bucket: %+v", f)
-	}
-	if _, _, err := repo.Init(t.Context(), st, a, []string{identity(t).Recipient().String(), second.Recipient().String()}, time.Now()); err != nil {
-		t.Fatal(err)
-	}
+	sick(t, "repository", health.Critical, ask, func(string) { // of an empty bucket
+		if _, _, err := repo.Init(t.Context(), st, a, []string{identity(t).Recipient().String(), second.Recipient().String()}, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+	})
 	well := []string{"versioning-off"} // which is true of this server
 	if got := names(ask()); !slices.Equal(got, well) {
 		t.Fatalf("of a bucket that is well: %q", got)
@@ -166,35 +179,58 @@ func TestBucketFindings(t *testing.T) {
 			return 0, ""
 		}
 	}
-	for name, of := range map[string]func(r *http.Request) bool{
-		"store-write": func(r *http.Request) bool { return has(r, "PUT", "") },
-		"store-read":  func(r *http.Request) bool { return has(r, "GET", "") && strings.Contains(r.URL.Path, "/probe/") },
-		"store-list":  func(r *http.Request) bool { return has(r, "GET", "list-type") },
-	} {
-		refuse(of)
-		f, ok := find(ask(), name)
-		if !ok || f.Severity != health.Critical || !strings.Contains(f.Fix, "must be allowed s3:") {
-			t.Errorf("%s: %+v", name, f)
+	allow := func(fix string) {
+		t.Helper()
+		if !strings.Contains(fix, "must be allowed s3:") {
+			t.Errorf("fix: %s", fix)
 		}
-		g.answer = func(*http.Request) (int, string) { return 0, "" } // as the fix says
-		if got := names(ask()); !slices.Equal(got, well) {
-			t.Errorf("%s, allowed again: %q", name, got)
-		}
+		g.answer = func(*http.Request) (int, string) { return 0, "" }
 	}
+	refuse(func(r *http.Request) bool { return has(r, "PUT", "") })
+	sick(t, "store-write", health.Critical, ask, allow)
+	refuse(func(r *http.Request) bool { return has(r, "GET", "") && strings.Contains(r.URL.Path, "/probe/") })
+	sick(t, "store-read", health.Critical, ask, allow)
+	refuse(func(r *http.Request) bool { return has(r, "GET", "list-type") })
+	sick(t, "store-list", health.Critical, ask, allow)
 	// Who takes backups need not delete; who lets them expire must.
 	refuse(func(r *http.Request) bool { return has(r, "POST", "delete") || r.Method == "DELETE" })
 	for range 2 { // the object stays, and is found the next time
-		b := health.AskBucket(t.Context(), st, a, probe)
-		if got := names(b.Findings(writes)); !slices.Equal(got, well) {
+		if got := names(ask()); !slices.Equal(got, well) {
 			t.Errorf("of a bucket that does not let us delete: %q", got)
 		}
-		if _, ok := find(b.Findings(cleans), "store-delete"); !ok {
-			t.Error("one who is to delete is not told that he may not")
-		}
 	}
+	sick(t, "store-delete", health.Critical, func() []health.Finding { return health.AskBucket(t.Context(), st, a, probe).Findings(cleans) }, allow)
 	refuse(func(r *http.Request) bool { return has(r, "GET", "lifecycle") })
-	if f, ok := find(ask(), "rules-unknown"); !ok || f.Severity != health.Notice || !strings.Contains(f.What, "lifecycle") || !strings.Contains(f.Fix, "pgkeep bucket show") {
-		t.Errorf("of rules that cannot be read: %+v", f)
+	f := sick(t, "rules-unknown", health.Notice, ask, func(fix string) {
+		if !strings.Contains(fix, "pgkeep bucket show") {
+			t.Errorf("fix: %s", fix)
+		}
+		g.answer = func(*http.Request) (int, string) { return 0, "" }
+	})
+	if !strings.Contains(f.What, "lifecycle") {
+		t.Errorf("%+v", f)
+	}
+	if got := names(ask()); !slices.Equal(got, well) {
+		t.Errorf("of a bucket that lets us do everything again: %q", got)
+	}
+
+	for _, c := range []struct {
+		hours    float64
+		severity health.Severity
+	}{{0.02, health.Warning}, {-1, health.Critical}} { // a store whose clock is wrong
+		g.change = func(body string) string {
+			return modified.ReplaceAllStringFunc(body, func(tag string) string {
+				at, err := time.Parse("<LastModified>"+time.RFC3339, strings.TrimSuffix(tag, "</LastModified>"))
+				if err != nil {
+					t.Errorf("%s: %v", tag, err)
+				}
+				return at.Add(time.Duration(c.hours * float64(time.Hour))).Format("<LastModified>" + time.RFC3339 + "</LastModified>")
+			})
+		}
+		f := sick(t, "clock-skew", c.severity, ask, func(string) { g.change = nil }) // chrony did it
+		if !strings.Contains(f.What, "the clock of the store is") || !strings.Contains(f.Fix, "chrony") {
+			t.Errorf("%+v", f)
+		}
 	}
 
 	const removes, freezes = `<Expiration><Days>30</Days></Expiration>`, `<Transition><Days>7</Days><StorageClass>DEEP_ARCHIVE</StorageClass></Transition>`
@@ -233,11 +269,48 @@ func TestBucketFindings(t *testing.T) {
 		}
 	}
 
+	// The rules of a bucket, which this store has not: the gate keeps them.
+	var rules string
+	g.answer = func(r *http.Request) (int, string) {
+		switch {
+		case has(r, "GET", "versioning"):
+			return http.StatusOK, versioned
+		case has(r, "GET", "lifecycle") && rules == "":
+			return http.StatusNotFound, `<Error><Code>NoSuchLifecycleConfiguration</Code><Message>none</Message></Error>`
+		case has(r, "GET", "lifecycle"):
+			return http.StatusOK, lifecycle(rules)
+		}
+		return 0, ""
+	}
+	deletes := func(id string) func(string) {
+		return func(fix string) {
+			t.Helper()
+			if !strings.Contains(fix, "delete the lifecycle rule "+id) {
+				t.Errorf("fix: %s", fix)
+			}
+			rules = ""
+		}
+	}
+	rules = rule("old", "", "Enabled", removes)
+	sick(t, "lifecycle-removes", health.Critical, ask, deletes("old"))
+	rules = rule("cold", "prod/", "Enabled", freezes)
+	sick(t, "lifecycle-freezes", health.Critical, ask, deletes("cold"))
+	if found := ask(); len(found) > 0 {
+		t.Errorf("without rules: %+v", found)
+	}
+
 	behind.Kill()
 	if got := names(ask()); !slices.Equal(got, []string{"store-down"}) {
 		t.Errorf("of a store that is down: %q", got)
 	}
+	sick(t, "store-down", health.Critical, ask, func(string) {
+		if err := behind.Restart(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
+
+var modified = regexp.MustCompile(`<LastModified>[^<]+</LastModified>`)
 
 // The policies that pgkeep bucket suggest prints are what each role needs, in a
 // real store that keeps versions; what another role lacks is found.
@@ -307,44 +380,56 @@ func TestFindingsOfRoles(t *testing.T) {
 			t.Errorf("as %s, for %+v: found %q, want %q:\n%+v", c.role, c.part, got, c.want, found)
 		}
 	}
-	if found := health.AskBucket(t.Context(), owner, a, probe, pack).Findings(cleans); len(found) > 0 {
+	asOwner := func() []health.Finding { return health.AskBucket(t.Context(), owner, a, probe, pack).Findings(cleans) }
+	if found := asOwner(); len(found) > 0 {
 		t.Errorf("as the owner: %+v", found)
 	}
+	plain := aws.String("plain") // without Object Lock, which takes versions
+	if _, err := root.CreateBucket(t.Context(), &awss3.CreateBucketInput{Bucket: plain}); err != nil {
+		t.Fatal(err)
+	}
+	server.Bucket = *plain
+	owner = as(server.AccessKeyID, server.SecretAccessKey)
+	if _, _, err := repo.Init(t.Context(), owner, a, []string{identity(t).Recipient().String(), identity(t).Recipient().String()}, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	sick(t, "versioning-off", health.Notice, asOwner, func(string) {
+		on := &types.VersioningConfiguration{Status: types.BucketVersioningStatusEnabled}
+		if _, err := root.PutBucketVersioning(t.Context(), &awss3.PutBucketVersioningInput{Bucket: plain, VersioningConfiguration: on}); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
 
-// A forgetful store replaces objects, and its clock is wrong.
-type forgetful struct {
-	*store.Mem
-	ahead time.Duration
-}
+// A forgetful store replaces objects.
+type forgetful struct{ *store.Mem }
 
 func (s forgetful) Put(ctx context.Context, key string, r io.Reader, _ store.PutOptions) error {
 	return s.Mem.Put(ctx, key, r, store.PutOptions{})
 }
 
-func (s forgetful) List(ctx context.Context, prefix, after string) iter.Seq2[store.Object, error] {
-	return func(yield func(store.Object, error) bool) {
-		for o, err := range s.Mem.List(ctx, prefix, after) {
-			o.Modified = o.Modified.Add(s.ahead)
-			if !yield(o, err) {
-				return
-			}
-		}
-	}
-}
-
 func TestFindingsOfAnUnfitStore(t *testing.T) {
-	mem, a := new(store.Mem), access(t)
-	a.Encrypted = false
-	if _, _, err := repo.Init(t.Context(), mem, a, nil, time.Now()); err != nil {
+	mem, plain, secret := new(store.Mem), access(t), access(t)
+	plain.Encrypted = false
+	recipients := []string{identity(t).Recipient().String(), identity(t).Recipient().String()}
+	if _, _, err := repo.Init(t.Context(), mem, plain, nil, time.Now()); err != nil {
 		t.Fatal(err)
 	}
-	found := health.AskBucket(t.Context(), forgetful{mem, -10 * time.Minute}, a, probe).Findings(cleans)
-	if got := names(found); !slices.Equal(got, []string{"store-unfit", "clock-skew", "encryption-off"}) || found[1].Severity != health.Critical || found[2].Severity != health.Warning {
-		t.Errorf("found %+v", found)
-	}
-	if got := names(health.AskBucket(t.Context(), mem, a, probe).Findings(cleans)); !slices.Equal(got, []string{"encryption-off"}) {
-		t.Errorf("of a good one: %q", got)
+	var st store.Store = forgetful{mem}
+	a := plain
+	ask := func() []health.Finding { return health.AskBucket(t.Context(), st, a, probe).Findings(cleans) }
+	sick(t, "store-unfit", health.Critical, ask, func(string) { st = mem }) // a newer version of it
+	sick(t, "encryption-off", health.Warning, ask, func(fix string) {
+		if !strings.Contains(fix, "repository.encryption to age") {
+			t.Errorf("fix: %s", fix)
+		}
+		st, a = new(store.Mem), secret
+		if _, _, err := repo.Init(t.Context(), st, a, recipients, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if found := ask(); len(found) > 0 {
+		t.Errorf("of a good one: %+v", found)
 	}
 }
 
@@ -361,23 +446,61 @@ func TestKeyFindings(t *testing.T) {
 	}
 	a.Identities = []age.Identity{identity(t)} // of somebody else
 	found := ask()
-	if got := names(found); !slices.Equal(got, []string{"key-closed", "key-single", "key-recipient"}) || found[0].Severity != health.Critical {
+	if got := names(found); !slices.Equal(got, []string{"key-closed", "key-single", "key-recipient"}) {
 		t.Fatalf("found %+v", found)
 	}
-	a.Identities = []age.Identity{first}
-	r, err := repo.Open(t.Context(), mem, a)
-	if err != nil {
-		t.Fatal(err)
+	sick(t, "key-closed", health.Critical, ask, func(string) { a.Identities = []age.Identity{first} })
+	open := func() *repo.Repo {
+		t.Helper()
+		r, err := repo.Open(t.Context(), mem, a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
 	}
-	if _, err := r.AddRecipients(t.Context(), []string{strings.TrimPrefix(found[2].Fix, "pgkeep key add-recipient ")}, time.Now()); err != nil {
-		t.Fatal(err)
-	}
+	sick(t, "key-recipient", health.Warning, ask, func(fix string) {
+		if _, err := open().AddRecipients(t.Context(), []string{strings.TrimPrefix(fix, "pgkeep key add-recipient ")}, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+	})
 	if found := ask(); len(found) > 0 {
 		t.Errorf("found %+v", found)
 	}
-	// Nobody makes such a key; but somebody may have.
-	b := health.Bucket{Encrypted: true, Keys: []repo.KeyCheck{{Epoch: 1}}}
-	if f, ok := find(b.Findings(writes), "key-nobody"); !ok || f.Severity != health.Critical {
-		t.Errorf("of a key that nobody opens: %+v", b.Findings(writes))
+	one := []string{first.Recipient().String()}
+	if _, err := open().NewEpoch(t.Context(), one, time.Now()); err != nil {
+		t.Fatal(err)
 	}
+	sick(t, "key-single", health.Warning, ask, func(string) {
+		if _, err := open().AddRecipients(t.Context(), []string{second.Recipient().String()}, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+	})
+
+	// pgkeep makes no key that nobody opens; somebody else did.
+	text, err := store.ReadAll(t.Context(), mem, "keys/0002.0002.json", store.Range{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	line, _, _ := bytes.Cut(text, []byte("\n"))
+	epoch := make(map[string]any)
+	if err := json.Unmarshal(line, &epoch); err != nil {
+		t.Fatal(err)
+	}
+	epoch["epoch"], epoch["version"], epoch["wraps"] = 3, 1, []any{}
+	signed, err := a.Signer.Sign(epoch)
+	if err == nil {
+		err = mem.Put(t.Context(), "keys/0003.0001.json", bytes.NewReader(signed), store.PutOptions{})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.Identities = nil // as on the host of a database
+	sick(t, "key-nobody", health.Critical, ask, func(fix string) {
+		if fix != "pgkeep key rotate" {
+			t.Errorf("fix: %s", fix)
+		}
+		if _, err := open().NewEpoch(t.Context(), append(one, second.Recipient().String()), time.Now()); err != nil {
+			t.Fatal(err)
+		}
+	})
 }

@@ -30,9 +30,9 @@ func (s Stored) Findings(p Policy, now time.Time) []Finding {
 	for _, b := range s.Backups {
 		switch {
 		case b.Err != nil:
-			f.add("backup-damaged", Critical, again, "backup %s cannot be believed: %v", b.ID, b.Err)
+			f.add("backup-damaged", Critical, again+"; then "+gone(b), "backup %s cannot be believed: %v", b.ID, b.Err)
 		case b.Physical != nil && b.Physical.Damaged > 0:
-			f.add("page-damage", Critical, "pgkeep show "+string(b.ID)+" names the files: look at the disk, and keep the last clean backup",
+			f.add("page-damage", Critical, "pgkeep show "+string(b.ID)+" names the files: look at the disk, and keep the last clean backup; when the next one is clean too: "+gone(b),
 				"%s of the cluster were damaged when backup %s was taken", human.Count(b.Physical.Damaged, "page"), b.ID)
 		}
 	}
@@ -48,17 +48,21 @@ func (s Stored) Findings(p Policy, now time.Time) []Finding {
 		if n := len(names); n > 3 {
 			names = append(names[:3], fmt.Sprintf("and in %d more places", n-3))
 		}
-		f.add("wal-hole", Critical, "pgkeep wal audit --fill --cluster "+s.Cluster+" where the server's pg_wal is; if nobody has them: "+again,
+		f.add("wal-hole", Critical, "pgkeep wal audit --fill --cluster "+s.Cluster+" where the server's pg_wal is; if nobody has them: "+again+", and pgkeep delete the older backups once you can do without them",
 			"%s missing from the archive: %s", human.Count(files, "file"), strings.Join(names, ", "))
 	}
 	for _, a := range s.Archives {
 		for _, b := range a.Stuck {
-			f.add("backup-stuck", Critical, again, "backup %s cannot be used: the archive lacks segments between %v and %v", b.ID, b.Start, b.Stop)
+			f.add("backup-stuck", Critical, "pgkeep wal audit --fill --cluster "+s.Cluster+" where the server's pg_wal is; if nobody has them: "+again+"; then pgkeep delete --cluster "+s.Cluster+" "+b.ID,
+				"backup %s cannot be used: the archive lacks segments between %v and %v", b.ID, b.Start, b.Stop)
 		}
 	}
 	slices.SortStableFunc(f.all, BySeverity)
 	return f.all
 }
+
+// gone is how a backup that is no good stops being told of.
+func gone(b Backup) string { return "pgkeep delete --cluster " + b.Cluster + " " + string(b.ID) }
 
 // findAge looks for backups that should have been taken.
 func (s Stored) findAge(f *findings, p Policy, now time.Time) {
@@ -91,7 +95,7 @@ func (s Stored) findTests(f *findings, p Policy, now time.Time, again string) {
 	for _, b := range s.Backups {
 		if t, ok := b.Tested(); ok && !t.Passed {
 			why := t.Report.Public().Summary()
-			f.add("test-failed", Critical, "pgkeep show "+string(b.ID)+" names what is wrong; then "+again, "the restore test of backup %s failed: %s", b.ID, why)
+			f.add("test-failed", Critical, "pgkeep show "+string(b.ID)+" names what is wrong; then "+again+", and pgkeep restore-test --cluster "+s.Cluster+"; when that has passed: "+gone(b), "the restore test of backup %s failed: %s", b.ID, why)
 		}
 	}
 	oldest := time.Time{}

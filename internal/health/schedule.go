@@ -56,7 +56,7 @@ func (w Work) Findings(now time.Time) []Finding {
 			f.add("schedule-skipping", Warning, "pgkeep ps shows what it does; pgkeep cancel "+name+" ends it", "the run of schedule %s goes on for %s, and it should start every %s: starts are skipped",
 				name, human.Span(now.Sub(s.Last)), human.Span(s.Every))
 		case s.Next.IsZero():
-			f.add("schedule-ended", Warning, "pgkeep schedule apply", "schedule %s has no next start", name)
+			f.add("schedule-ended", Warning, "give it a time that comes in the configuration, then: pgkeep schedule delete "+name+"; pgkeep schedule apply", "schedule %s has no next start", name)
 		}
 	}
 	for _, kind := range w.Wanted {

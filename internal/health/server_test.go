@@ -69,6 +69,19 @@ func eventually(t *testing.T, name string, there bool, ask func() []health.Findi
 	}
 }
 
+// sick sees a finding, lets its fix be done, and sees it gone. Every finding has
+// one: see TestEveryFindingIsMadeAndMended.
+func sick(t *testing.T, name string, severity health.Severity, ask func() []health.Finding, mend func(fix string)) health.Finding {
+	t.Helper()
+	f := eventually(t, name, true, ask)
+	if f.Severity != severity {
+		t.Errorf("%+v, want it %s", f, severity)
+	}
+	mend(f.Fix)
+	eventually(t, name, false, ask)
+	return f
+}
+
 // statements are those of a fix that a superuser runs.
 func statements(t *testing.T, fix string) []string {
 	t.Helper()
@@ -101,12 +114,10 @@ func (p *patient) ask(d health.Duty) func() []health.Finding {
 // sick sees a finding, does what its fix says, and sees it gone.
 func (p *patient) sick(name string, severity health.Severity, says string, d health.Duty) {
 	p.t.Helper()
-	f := eventually(p.t, name, true, p.ask(d))
-	if f.Severity != severity || !strings.Contains(f.What, says) || f.Cluster != "main" {
-		p.t.Errorf("%s: %+v, want %s with %q", name, f, severity, says)
+	f := sick(p.t, name, severity, p.ask(d), func(fix string) { p.exec(statements(p.t, fix)...) })
+	if !strings.Contains(f.What, says) || f.Cluster != "main" {
+		p.t.Errorf("%s: %+v, want it with %q", name, f, says)
 	}
-	p.exec(statements(p.t, f.Fix)...)
-	eventually(p.t, name, false, p.ask(d))
 }
 
 func TestArchivingFindings(t *testing.T) {
@@ -121,29 +132,37 @@ func TestArchivingFindings(t *testing.T) {
 	p.sick("archive-foreign", health.Critical, "by other,", both)
 
 	// What fails is told from what neither fails nor works.
-	old := func() {
+	// late makes files wait, since an hour, until the archiver does as it was told.
+	late := func() []health.Finding {
 		t.Helper()
 		p.exec("INSERT INTO filler VALUES ('x')", "SELECT pg_switch_wal()")
 		ready, err := filepath.Glob(p.DataDir + "/pg_wal/archive_status/*.ready")
-		if err != nil || len(ready) == 0 {
-			t.Fatalf("nothing waits to be archived: %v", err)
+		if err != nil {
+			t.Fatal(err)
 		}
 		then := time.Now().Add(-time.Hour)
 		for _, file := range ready {
-			if err := os.Chtimes(file, then, then); err != nil {
+			if err := os.Chtimes(file, then, then); err != nil && !os.IsNotExist(err) {
 				t.Fatal(err)
 			}
 		}
+		return p.ask(both)()
 	}
 	p.exec("SELECT pg_stat_reset_shared('archiver')", "ALTER SYSTEM SET archive_command = 'exit 130 # pgkeep-wal'", "SELECT pg_reload_conf()")
-	old()
-	eventually(t, "archive-silent", true, p.ask(both))
-	p.exec("ALTER SYSTEM SET archive_command = 'false # pgkeep-wal'", "SELECT pg_reload_conf()")
-	if f := eventually(t, "archive-failing", true, p.ask(both)); f.Severity != health.Critical || !strings.Contains(f.Fix, "server's log") {
+	eventually(t, "archive-silent", true, late)
+	archiver := func(command string) func(string) {
+		return func(string) {
+			t.Helper()
+			p.exec("ALTER SYSTEM SET archive_command = '"+command+"'", "SELECT pg_reload_conf()")
+		}
+	}
+	sick(t, "archive-silent", health.Critical, p.ask(both), archiver("true pgkeep-wal")) // what it ran was at fault
+	archiver("false # pgkeep-wal")("")
+	p.exec("SELECT pg_stat_reset_shared('archiver')") // it did archive, just now
+	eventually(t, "archive-failing", true, late)
+	if f := sick(t, "archive-failing", health.Critical, p.ask(both), archiver("true pgkeep-wal")); !strings.Contains(f.Fix, "server's log") {
 		t.Errorf("%+v", f)
 	}
-	p.exec("ALTER SYSTEM SET archive_command = 'true pgkeep-wal'", "SELECT pg_reload_conf()")
-	eventually(t, "archive-failing", false, p.ask(both))
 }
 
 func TestServerFindings(t *testing.T) {
@@ -174,6 +193,12 @@ func TestServerFindings(t *testing.T) {
 		p.exec("INSERT INTO filler VALUES ('z')", "SELECT pg_switch_wal()")
 	}
 	p.sick("slot-holds-wal", health.Warning, "nobody holds", health.Duty{Physical: true, Slot: 20 << 20})
+	p.exec("SELECT pg_create_physical_replication_slot('gone', true)", "ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'", "SELECT pg_reload_conf()")
+	for range 5 {
+		p.exec("INSERT INTO filler VALUES ('z')", "SELECT pg_switch_wal()")
+	}
+	p.exec("CHECKPOINT") // which removes what the slot may not hold
+	p.sick("slot-lost", health.Warning, "slot gone has lost", both)
 
 	for range 12 {
 		p.exec("CHECKPOINT")
@@ -183,11 +208,12 @@ func TestServerFindings(t *testing.T) {
 	p.at.Conninfo = strings.Replace(p.Conninfo(), "user=postgres", "user=clerk", 1)
 	p.sick("rights", health.Critical, `role "clerk" lacks pg_read_all_data`, both)
 	p.exec("REVOKE pg_monitor FROM clerk")
-	if f := eventually(t, "pg-denied", true, p.ask(both)); !strings.Contains(f.Fix, "pg_monitor") {
-		t.Errorf("%+v", f)
-	}
-	p.exec("GRANT pg_monitor TO clerk")
-	eventually(t, "pg-denied", false, p.ask(both))
+	sick(t, "pg-denied", health.Critical, p.ask(both), func(fix string) {
+		if !strings.Contains(fix, "pg_monitor") {
+			t.Errorf("fix: %s", fix)
+		}
+		p.exec("GRANT pg_monitor TO clerk")
+	})
 
 	// The rights that backups take are enough to ask.
 	for role, d := range map[string]cluster.Duties{"copies": {Physical: true}, "dumps": {Logical: true}, "all": {Physical: true, Logical: true}} {
@@ -210,22 +236,13 @@ func TestServerFindings(t *testing.T) {
 	if f := eventually(t, "pg-dump", true, p.ask(both)); !strings.Contains(f.What, "too old") {
 		t.Errorf("%+v", f)
 	}
-	p.at.BinDir = ""
-	eventually(t, "pg-dump", false, p.ask(both))
-	p.at.Conninfo = strings.Replace(p.Conninfo(), "port=5432", "port=5433", 1)
-	eventually(t, "pg-down", true, p.ask(both))
-
-	// What cannot be made here is said of the real server's facts, changed.
-	p.at = cluster.Cluster{Conninfo: p.Conninfo()}
-	s := health.AskServer(t.Context(), "main", p.at, both)
-	if s.Skew != 0 {
-		t.Errorf("the clock of a server on this host is ahead by %v", s.Skew)
-	}
-	s.Skew, s.Version, s.Slots = -6*time.Minute, 140002, []cluster.Slot{{Name: "gone", State: "lost"}}
-	found := s.Findings(both)
-	if got := names(found); !slices.Equal(got, []string{"slot-lost", "clock-skew", "bad-minor"}) || found[1].Severity != health.Critical || !strings.Contains(found[2].Fix, "14.4") {
-		t.Errorf("found %+v", found)
-	}
+	sick(t, "pg-dump", health.Critical, p.ask(both), func(string) { p.at.BinDir = "" }) // which has what is installed
+	p.Kill()
+	sick(t, "pg-down", health.Critical, p.ask(both), func(string) {
+		if err := p.Restart(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+	})
 }
 
 // What takes a start of the server, or a stop.
@@ -261,42 +278,118 @@ func TestFindingsOfServersThatMustRestart(t *testing.T) {
 	checksums("--disable", "-D", p.DataDir)
 	p = start(nil)
 	defer func() { stop() }()
-	found := ask(both)
-	if got := names(found); !slices.Equal(got, []string{"wal-level", "checksums-off"}) {
+	if got := names(ask(both)); !slices.Equal(got, []string{"wal-level", "checksums-off"}) {
 		t.Fatalf("found %q", got)
 	}
-	p.exec(statements(t, found[0].Fix)...)
-	_, line, _ := strings.Cut(found[1].Fix, "pg_checksums ")
-	stop()
-	checksums(strings.Fields(line)...)
-	p = start(nil)
-	found = ask(both)
-	if got := names(found); !slices.Equal(got, []string{"archive-off"}) || found[0].Severity != health.Critical {
-		t.Fatalf("found %+v", found)
+	asked := func() []health.Finding { return ask(both) }
+	restarted := func(fix string) {
+		t.Helper()
+		p.exec(statements(t, fix)...)
+		stop()
+		p = start(nil)
 	}
+	sick(t, "wal-level", health.Critical, asked, restarted)
+	sick(t, "checksums-off", health.Warning, asked, func(fix string) {
+		_, line, _ := strings.Cut(fix, "pg_checksums ")
+		stop()
+		checksums(strings.Fields(line)...)
+		p = start(nil)
+	})
 	if f, ok := find(ask(health.Duty{Logical: true}), "archive-off"); !ok || f.Severity != health.Notice {
 		t.Errorf("of a cluster of dumps: %+v", f)
 	}
-	p.exec(statements(t, found[0].Fix)...)
-	stop()
-	p = start(nil)
+	sick(t, "archive-off", health.Critical, asked, restarted)
 	if found := ask(both); len(found) > 0 {
 		t.Errorf("found %+v", found)
 	}
 }
 
+// A server whose clock is wrong: the library that it runs with shifts it by as
+// many seconds as a file has bytes, until the file is empty.
+func TestAServerWithAWrongClockIsFound(t *testing.T) {
+	t.Parallel()
+	dir := lab.DirForTest(t)
+	ahead, library := filepath.Join(dir, "ahead"), filepath.Join(dir, "clock.so")
+	write := func(name string, content []byte) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, name), content, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("ahead", nil)
+	write("clock.c", []byte(`
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <sys/stat.h>
+#include <sys/time.h>
+int gettimeofday(struct timeval *restrict tv, void *restrict tz) {
+	int (*real)(struct timeval *, void *) = dlsym(RTLD_NEXT, "gettimeofday");
+	struct stat s;
+	int r = real(tv, tz);
+	if (stat(AHEAD, &s) == 0) tv->tv_sec += s.st_size;
+	return r;
+}`))
+	if out, err := exec.CommandContext(t.Context(), "cc", "-shared", "-fPIC", "-O1", `-DAHEAD="`+ahead+`"`, "-o", library, filepath.Join(dir, "clock.c"), "-ldl").CombinedOutput(); err != nil {
+		t.Fatalf("compile: %v\n%s", err, out)
+	}
+	pg := lab.PostgresForTest(t, lab.PostgresOptions{Env: []string{"LD_PRELOAD=" + library}})
+	at := cluster.Cluster{Conninfo: pg.Conninfo()}
+	ask := func() []health.Finding { return health.AskServer(t.Context(), "main", at, both).Findings(both) }
+	if s := health.AskServer(t.Context(), "main", at, both); s.Skew != 0 {
+		t.Errorf("the clock of a server on this host is ahead by %v", s.Skew)
+	}
+	for _, c := range []struct {
+		seconds  int
+		severity health.Severity
+	}{{60, health.Warning}, {360, health.Critical}} {
+		write("ahead", make([]byte, c.seconds))
+		f := sick(t, "clock-skew", c.severity, ask, func(fix string) { write("ahead", nil) }) // as chrony does
+		if !strings.Contains(f.What, "the clock of PostgreSQL is") || !strings.Contains(f.Fix, "chrony") {
+			t.Errorf("%+v", f)
+		}
+	}
+}
+
+// A minor version that its release notes warn of, and a newer one on the same
+// data.
+func TestABadMinorIsFound(t *testing.T) {
+	t.Parallel()
+	dir := lab.DirForTest(t)
+	var pg *lab.Postgres
+	start := func(version int) {
+		t.Helper()
+		var err error
+		if pg, err = lab.StartPostgres(t.Context(), lab.PostgresOptions{Dir: dir, Version: version}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	start(170001)
+	defer func() { pg.Stop() }()
+	duty := health.Duty{Physical: true}
+	ask := func() []health.Finding {
+		return health.AskServer(t.Context(), "main", cluster.Cluster{Conninfo: pg.Conninfo()}, duty).Findings(duty)
+	}
+	f := sick(t, "bad-minor", health.Warning, ask, func(string) {
+		if err := pg.Stop(); err != nil {
+			t.Fatal(err)
+		}
+		start(17)
+	})
+	if !strings.Contains(f.What, "PostgreSQL 17.1 is known to be bad") || !strings.Contains(f.Fix, "install PostgreSQL 17.2 or a newer one") {
+		t.Errorf("%+v", f)
+	}
+}
+
 func TestDiskFindings(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "spool")
-	found := health.AskDisk("dumps", dir, true).Findings("")
-	f, ok := find(found, "directory")
-	_, command, _ := strings.Cut(f.Fix, ": ")
-	if !ok || f.Severity != health.Critical {
-		t.Fatalf("of a directory that is not there: %+v", found)
-	}
-	words := strings.Fields(command)
-	if out, err := exec.CommandContext(t.Context(), words[0], words[1:]...).CombinedOutput(); err != nil {
-		t.Fatalf("%s: %v\n%s", command, err, out)
-	}
+	ask := func() []health.Finding { return health.AskDisk("dumps", dir, true).Findings("main") }
+	sick(t, "directory", health.Critical, ask, func(fix string) {
+		_, command, _ := strings.Cut(fix, ": ")
+		words := strings.Fields(command)
+		if out, err := exec.CommandContext(t.Context(), words[0], words[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", command, err, out)
+		}
+	})
 	d := health.AskDisk("dumps", dir, true)
 	if found := d.Findings(""); len(found) > 0 || d.Free <= 0 || d.Total < d.Free {
 		t.Errorf("of a directory that was made: %+v, %+v", found, d)
@@ -313,7 +406,6 @@ func TestDiskFindings(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	ask := func() []health.Finding { return health.AskDisk("dumps", dir, true).Findings("main") }
 	if found := ask(); len(found) > 0 {
 		t.Errorf("of an empty disk: %+v", found)
 	}
@@ -325,15 +417,14 @@ func TestDiskFindings(t *testing.T) {
 		if err := os.WriteFile(fill, make([]byte, c.bytes), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if f, ok := find(ask(), "disk-space"); !ok || f.Severity != c.want || f.Cluster != "main" || !strings.Contains(f.Fix, dir) {
+		f := sick(t, "disk-space", c.want, ask, func(string) {
+			if err := os.Remove(fill); err != nil {
+				t.Fatal(err)
+			}
+		})
+		if f.Cluster != "main" || !strings.Contains(f.Fix, dir) {
 			t.Errorf("with %d bytes taken: %+v", c.bytes, f)
 		}
-	}
-	if err := os.Remove(fill); err != nil {
-		t.Fatal(err)
-	}
-	if found := ask(); len(found) > 0 {
-		t.Errorf("after space was freed: %+v", found)
 	}
 	d = health.AskDisk("dumps", dir, true)
 	d.Needs = 2 << 20 // for what is to come

@@ -42,8 +42,10 @@ type PostgresOptions struct {
 	WALSegmentMB int
 	// Version is the major version, 14 to 18. What Debian has not installed is
 	// fetched with npm, once; it comes without PostgreSQL's client programs. 0: the
-	// newest under /usr/lib/postgresql.
+	// newest under /usr/lib/postgresql. 170001 is 17.1, which one should not run.
 	Version int
+	// Env is more of the environment of the server.
+	Env []string
 	// BinDir holds the server's programs. Empty: those of Version.
 	BinDir string
 	// Password, if not empty, is the superuser's, and makes the server listen
@@ -296,7 +298,7 @@ func (p *Postgres) start(ctx context.Context) error {
 	}
 	defer log.Close()
 	cmd := p.Command(context.WithoutCancel(ctx), "postgres", args...) // it outlives ctx
-	cmd.Stdout, cmd.Stderr = log, log
+	cmd.Stdout, cmd.Stderr, cmd.Env = log, log, append(cmd.Env, p.opt.Env...)
 	exited, err := startChild(cmd, syscall.SIGQUIT)
 	if err != nil {
 		return err
