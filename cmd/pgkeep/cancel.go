@@ -15,12 +15,12 @@ import (
 func cancelCommand(e *env) *cli.Command {
 	return &cli.Command{
 		Name:      "cancel",
-		Usage:     "stop what is running for a cluster, or one workflow",
-		ArgsUsage: "CLUSTER|WORKFLOW-ID",
+		Usage:     "stop what is running for a cluster, or one kind of it, or one workflow",
+		ArgsUsage: "CLUSTER|CLUSTER/KIND|WORKFLOW-ID",
 		Category:  runs,
 		Description: "The run ends its child processes, clears its spool and leaves no backup. That\ntakes a moment; \"pgkeep ps\" shows when it is over.\n\n" + examples(
 			"pgkeep cancel --reason \"wrong night\" main", "all that runs for the cluster main",
-			"pgkeep cancel pgkeep/main/logical", "one workflow"),
+			"pgkeep cancel main/logical", "one kind, by hand or by its schedule"),
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "reason", Usage: "tell others why, in `TEXT`", Value: "cancelled with pgkeep"},
 			jsonFlag(),
@@ -32,7 +32,7 @@ func cancelCommand(e *env) *cli.Command {
 }
 
 type cancelOptions struct {
-	What   string // a cluster, or a workflow id
+	What   string // a cluster, CLUSTER/KIND, or a workflow id
 	Reason string
 	JSON   bool
 }
@@ -64,10 +64,14 @@ func (e *env) cancel(ctx context.Context, opt cancelOptions) error {
 	return e.printCancelled(cancelled, opt.JSON)
 }
 
-// runsOf is the query for the runs of a cluster, or for one workflow.
+// runsOf is the query for the runs of a cluster, of a CLUSTER/KIND, or for one
+// workflow.
 func runsOf(what string) (string, error) {
 	if strings.ContainsAny(what, `'"\`) {
 		return "", config.Errorf("%q is neither a cluster nor the id of a workflow", what)
+	}
+	if id, err := scheduleID(what); err == nil && strings.Count(id, "/") == 2 { // also what its schedule started
+		return "(WorkflowId = '" + id + "' OR WorkflowId STARTS_WITH '" + id + "/scheduled')", nil
 	}
 	if strings.Contains(what, "/") {
 		return "WorkflowId = '" + what + "'", nil
