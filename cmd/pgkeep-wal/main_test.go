@@ -136,7 +136,6 @@ func newWorld(t testing.TB, segmentMB int) *world {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	w := &world{t: t, dir: dir, program: filepath.Join(dir, "pgkeep-wal"), s3: lab.S3ForTest(t)}
-	t.Cleanup(w.s3.Kill)
 	if os.Getuid() == 0 {
 		u, err := user.Lookup("postgres")
 		if err != nil {
@@ -147,8 +146,8 @@ func newWorld(t testing.TB, segmentMB int) *world {
 		w.cred = &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
 	}
 	w.own(dir)
-	if out, err := exec.Command("go", "build", "-o", w.program, ".").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
+	if err := lab.Build(t.Context(), dir, "pgkeep-wal"); err != nil {
+		t.Fatal(err)
 	}
 	w.own(w.program)
 

@@ -15,7 +15,6 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -57,13 +56,12 @@ func newGuarded(t *testing.T) *guarded {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { server.Stop() })
-	t.Cleanup(server.Kill)
 	g := &guarded{world: &world{t: t, s3: server, dir: lab.DirForTest(t)}}
 	g.gate = newGate(t, server)
 	g.operator = filepath.Join(g.dir, "operator.key")
 	program := filepath.Join(g.dir, "pgkeep-wal")
-	if out, err := exec.Command("go", "build", "-o", program, "../pgkeep-wal").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
+	if err := lab.Build(t.Context(), g.dir, "pgkeep-wal"); err != nil {
+		t.Fatal(err)
 	}
 	t.Setenv("PATH", g.dir+":"+os.Getenv("PATH")) // where a restore looks for it
 	ca, err := os.ReadFile(g.gate.ca)

@@ -34,10 +34,9 @@ func newPair(t *testing.T) *pair {
 	}
 	t.Cleanup(func() { os.RemoveAll(shared) })
 	p := &pair{world: &world{t: t, s3: lab.S3ForTest(t), dir: shared}, shared: shared}
-	t.Cleanup(p.s3.Kill)
 	program := filepath.Join(shared, "pgkeep-wal")
-	if out, err := exec.Command("go", "build", "-o", program, "../pgkeep-wal").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
+	if err := lab.Build(t.Context(), shared, "pgkeep-wal"); err != nil {
+		t.Fatal(err)
 	}
 	ca, err := os.ReadFile(p.s3.CAFile)
 	if err != nil {

@@ -36,7 +36,6 @@ type world struct {
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	w := &world{t: t, pg: lab.PostgresForTest(t, lab.PostgresOptions{}), s3: lab.S3ForTest(t), dir: t.TempDir()}
-	t.Cleanup(w.s3.Kill) // stopping politely, it would wait for the connections that this process keeps
 	w.operator = filepath.Join(w.dir, "operator.key")
 	w.write("s3.secret", w.s3.SecretAccessKey)
 	w.config = w.write("pgkeep.yaml", fmt.Sprintf(`

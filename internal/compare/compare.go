@@ -97,9 +97,8 @@ func (s *Site) Close() error {
 // Build makes one of the programs, as it is shipped, and returns its path.
 func (s *Site) Build(ctx context.Context, name string) (string, error) {
 	path := filepath.Join(s.Dir, name)
-	build := exec.CommandContext(ctx, "go", "build", "-ldflags=-s -w", "-o", path, "github.com/pgkeep/pgkeep/cmd/"+name)
-	if out, err := build.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build %s: %w\n%s", name, err, out)
+	if err := lab.Build(ctx, s.Dir, name); err != nil {
+		return "", err
 	}
 	return path, s.own(path)
 }

@@ -43,9 +43,8 @@ func run(ctx context.Context) (err error) {
 	defer os.RemoveAll(dir)
 	d := demo{dir: dir, program: filepath.Join(dir, "pgkeep"), config: filepath.Join(dir, "pgkeep.yaml")}
 	fmt.Println("Building pgkeep, an S3 server (versitygw) and Temporal; the first time takes some minutes.")
-	build := exec.CommandContext(ctx, "go", "build", "-o", dir+"/", "github.com/pgkeep/pgkeep/cmd/pgkeep", "github.com/pgkeep/pgkeep/cmd/pgkeep-wal")
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("build pgkeep: %w\n%s", err, out)
+	if err := lab.Build(ctx, dir, "pgkeep", "pgkeep-wal"); err != nil {
+		return err
 	}
 	s3, err := lab.StartS3(ctx, lab.S3Options{})
 	if err != nil {

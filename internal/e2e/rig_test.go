@@ -41,10 +41,8 @@ func TestMain(m *testing.M) {
 		defer os.RemoveAll(dir)
 		os.Chmod(dir, 0o755) // PostgreSQL runs what is in it
 		program = filepath.Join(dir, "pgkeep")
-		build := exec.Command("go", "build", "-o", dir+"/", "github.com/pgkeep/pgkeep/cmd/pgkeep", "github.com/pgkeep/pgkeep/cmd/pgkeep-wal")
-		build.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := build.CombinedOutput(); err != nil {
-			fmt.Fprintf(os.Stderr, "build pgkeep: %v\n%s", err, out)
+		if err := lab.Build(context.Background(), dir, "pgkeep", "pgkeep-wal"); err != nil {
+			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
 		// Most of the time they wait, for a worker that was killed to be missed.
@@ -108,12 +106,12 @@ keys: {signing_key: %[6]s/keys/signing.key, metadata_identity: %[6]s/keys/metada
 temporal: {address: "%[7]s", namespace: %[8]s, ui_url: "%[9]s"}
 host: db1
 spool: %[6]s/spool
-restore_dirs: [/tmp]
+restore_dirs: [%[12]s]
 log: {level: info, format: json}
 clusters: {main: {conninfo: "%[10]s", password_file: %[11]s, logical: {lock_wait: 3m}, physical: {rate: 0}}}
 schedules: [{cluster: main, cron: "30 1 * * *", jitter: 0s}]
 `, r.s3.Bucket, r.proxy.Addr, r.s3.CAFile, r.s3.AccessKeyID, r.write("secret", r.s3.SecretAccessKey),
-		r.dir, r.temporal.Address, r.temporal.Namespace, r.temporal.UIURL, strings.Replace(r.pg.TCPConninfo(), "user=postgres", "user=keeper", 1), r.write("password", canary)))
+		r.dir, r.temporal.Address, r.temporal.Namespace, r.temporal.UIURL, strings.Replace(r.pg.TCPConninfo(), "user=postgres", "user=keeper", 1), r.write("password", canary), os.TempDir()))
 	r.must("init", "--new-identity", filepath.Join(r.dir, "keys/operator.key"))
 	return r
 }

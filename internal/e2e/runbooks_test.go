@@ -109,7 +109,6 @@ type desk struct {
 func newDesk(t *testing.T) *desk {
 	t.Helper()
 	d := &desk{t: t, dir: lab.DirForTest(t), s3: lab.S3ForTest(t), temporal: lab.TemporalForTest(t)}
-	t.Cleanup(d.s3.Kill)
 	d.conf = d.path("etc")
 	for _, dir := range []string{"etc", "safe/etc-pgkeep", "bin", "spool", "large", "primary"} {
 		if err := os.MkdirAll(d.path(dir), 0o700); err != nil {

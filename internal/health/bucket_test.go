@@ -325,7 +325,6 @@ func TestFindingsOfRoles(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { server.Stop() })
-	t.Cleanup(server.Kill)
 	root, done, err := server.API(server.AccessKeyID, server.SecretAccessKey)
 	if err != nil {
 		t.Fatal(err)

@@ -17,6 +17,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Build makes programs of pgkeep in a directory, as they are shipped: static. The
+// race detector's cgo would be another build, and not what users run.
+func Build(ctx context.Context, dir string, programs ...string) error {
+	args := []string{"build", "-trimpath", "-ldflags=-s -w", "-o", dir + "/"}
+	for _, name := range programs {
+		args = append(args, "github.com/pgkeep/pgkeep/cmd/"+name)
+	}
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("build %s: %w: %s", strings.Join(programs, ", "), err, bytes.TrimSpace(out))
+	}
+	return nil
+}
+
 // buildTool returns the path of a program built from package pkg of the module
 // in moduleDir, a directory of pgkeep's source tree. The first caller builds it
 // and the user's cache directory keeps it, until a source file of the module,

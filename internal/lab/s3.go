@@ -283,8 +283,12 @@ func (s *S3) logTail() string {
 }
 
 // Stop ends the server and removes its directory, unless it was given one. A
-// stopped server can be stopped again.
+// server whose directory goes is killed: else it waits for the connections that
+// its clients keep. A stopped server can be stopped again.
 func (s *S3) Stop() error {
+	if s.ownDir {
+		s.Kill()
+	}
 	s.end(syscall.SIGTERM)
 	return s.clean()
 }

@@ -125,8 +125,12 @@ func (s *Temporal) logTail() string {
 }
 
 // Stop ends the server and removes its directory, unless it was given one. A
+// server whose directory goes is killed, which takes a second or two less. A
 // stopped server can be stopped again.
 func (s *Temporal) Stop() error {
+	if s.ownDir {
+		s.Kill()
+	}
 	return errors.Join(s.shutDown(), s.clean())
 }
 
