@@ -33,7 +33,11 @@ func NewCompressor() (*Compressor, error) {
 }
 
 // Append compresses src into one frame and appends it to dst.
-func (c *Compressor) Append(dst, src []byte) []byte { return c.enc.EncodeAll(src, dst) }
+func (c *Compressor) Append(dst, src []byte) []byte {
+	out := c.enc.EncodeAll(src, dst)
+	used(c, src, out[len(dst):])
+	return out
+}
 
 // A Decompressor reads zstd frames. It is for one goroutine at a time.
 type Decompressor struct{ dec *zstd.Decoder }
@@ -51,6 +55,7 @@ func NewDecompressor(limit int64) (*Decompressor, error) {
 // Append decompresses src and appends the content to dst. Damage is fail.Corrupt.
 func (d *Decompressor) Append(dst, src []byte) ([]byte, error) {
 	out, err := d.dec.DecodeAll(src, dst)
+	used(d, src, out[min(len(dst), len(out)):])
 	if err != nil {
 		return nil, fmt.Errorf("zstd: %w: %w", err, fail.Corrupt)
 	}
