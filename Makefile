@@ -54,6 +54,7 @@ chaos: setup ## the campaigns that make test runs a little of: kills everywhere,
 	PGKEEP_TEST_KILLS=all go test -timeout 0 -v -run 'Kill|ManySegments' ./cmd/pgkeep-wal -kill-everywhere -segments 500
 	go test -timeout 0 -v ./internal/retention -histories 1000000
 	PGKEEP_TEST_EXPIRE_RUNS=1000 go test -timeout 0 -v ./internal/expire
+	PGKEEP_TEST_SCHEDULES=1000 go test -timeout 0 -v -run ManySchedules ./internal/schedule
 	PGKEEP_TEST_KILLS=all PGKEEP_TEST_DEFECTS=all PGKEEP_TEST_GREEN=50 go test -timeout 0 -v -run 'IsProven|RestoreTest|ADefect|KilledWorker' ./internal/e2e
 
 update: ## write the files that tests compare with the code

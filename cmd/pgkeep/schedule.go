@@ -78,6 +78,9 @@ func (e *env) scheduleApply(ctx context.Context, opt applyOptions) error {
 	return e.printPlan(plan, opt)
 }
 
+// many is from how many schedules on only what is to be seen is shown one by one.
+const many = 20
+
 // wanted are the schedules of a configuration.
 func wanted(cfg *config.Config, searchable bool) []schedule.Schedule {
 	var want []schedule.Schedule
@@ -123,9 +126,13 @@ func (e *env) printPlan(plan []schedule.Change, opt applyOptions) error {
 		Changes []change `json:"changes"`
 	}{opt.DryRun, []change{}}
 	var rows [][]string
-	orphans := false
+	orphans, same := false, 0
 	for _, c := range plan {
 		answer.Changes = append(answer.Changes, change{c.Action, c.ID})
+		if c.Action == schedule.Unchanged && len(plan) > many {
+			same++
+			continue
+		}
 		rows = append(rows, []string{string(c.Action), c.ID, c.Want.Cron, c.Want.TimeZone})
 		orphans = orphans || c.Action == schedule.Orphan
 	}
@@ -138,8 +145,13 @@ func (e *env) printPlan(plan []schedule.Change, opt applyOptions) error {
 	if opt.JSON {
 		return printJSON(e.out, "schedule apply", answer)
 	}
-	if len(rows) == 0 {
+	if len(plan) == 0 {
 		e.say("there are no schedules in the configuration")
+	}
+	if same > 0 {
+		e.say("%s as wanted already", count(same, "schedule"))
+	}
+	if len(rows) == 0 {
 		return nil
 	}
 	return table(e.out, "ACTION SCHEDULE CRON TIME-ZONE", rows)
@@ -164,7 +176,13 @@ func (e *env) scheduleList(ctx context.Context, asJSON bool) error {
 		return err
 	}
 	defer s.Close()
-	have, err := schedule.List(ctx, s, ids(wanted(cfg, false))...)
+	wanted := ids(wanted(cfg, false))
+	var have []schedule.Existing
+	if asJSON {
+		have, err = schedule.List(ctx, s, wanted...)
+	} else { // it need not have all, and is read by somebody who waits
+		have, err = schedule.Overview(ctx, s, s.namespace, wanted...)
+	}
 	if err != nil {
 		return err
 	}
@@ -193,7 +211,14 @@ func (e *env) printSchedules(have []schedule.Existing, asJSON bool) error {
 		Schedules []scheduleShown `json:"schedules"`
 	}{[]scheduleShown{}}
 	var rows [][]string
+	paused, runs := 0, 0
 	for _, h := range have {
+		if h.Paused {
+			paused++
+		}
+		if len(h.Running) > 0 {
+			runs++
+		}
 		running := []string{}
 		for _, r := range h.Running {
 			running = append(running, r.WorkflowID)
@@ -212,6 +237,9 @@ func (e *env) printSchedules(have []schedule.Existing, asJSON bool) error {
 	if len(rows) == 0 {
 		e.say("the server has no schedules of pgkeep; pgkeep schedule apply makes them")
 		return nil
+	}
+	if len(rows) > many {
+		e.say("%s: %d paused, %d running", count(len(rows), "schedule"), paused, runs)
 	}
 	return table(e.out, "SCHEDULE HOST CRON TIME-ZONE STATE LAST NEXT", rows)
 }

@@ -131,7 +131,7 @@ func Plan(want []Schedule, have []Existing, opt Options) []Change {
 
 // shape is part of every hash. Raise it when options changes, so that schedules
 // written before are updated.
-const shape = 1
+const shape = 2
 
 // Hash names everything about s that a server is told.
 func (s Schedule) Hash() string {
@@ -142,6 +142,9 @@ func (s Schedule) Hash() string {
 	sum := sha256.Sum256(b)
 	return hex.EncodeToString(sum[:])
 }
+
+// scheduledSuffix ends the id of the schedule in those of its runs.
+const scheduledSuffix = "/scheduled"
 
 // Keys of the memo that every run carries. They are how pgkeep knows again what
 // it wrote: the server keeps neither the text of a cron expression nor a memo
@@ -154,7 +157,7 @@ const (
 // options is s in Temporal's words.
 func (s Schedule) options() client.ScheduleOptions {
 	action := &client.ScheduleWorkflowAction{
-		ID:                 s.ID() + "/scheduled", // the server appends the time
+		ID:                 s.ID() + scheduledSuffix, // the server appends the time
 		Workflow:           workflows.ScheduledName,
 		TaskQueue:          workflows.Queue,
 		Args:               []any{workflows.ScheduledRequest{Cluster: s.Cluster, Kind: s.Kind, Host: s.Host}},
@@ -173,15 +176,21 @@ func (s Schedule) options() client.ScheduleOptions {
 		action.Workflow, action.Args = workflows.ExpireName, []any{workflows.ExpireRequest{Cluster: s.Cluster, Host: s.Host}}
 		action.StaticSummary = "scheduled expiry of " + s.Cluster
 	}
+	var own temporal.SearchAttributes
 	if s.Searchable {
 		action.TypedSearchAttributes = temporal.NewSearchAttributes(
 			workflows.PgkeepCluster.ValueSet(s.Cluster), workflows.PgkeepKind.ValueSet(s.Kind))
+		own = temporal.NewSearchAttributes(
+			workflows.PgkeepCluster.ValueSet(s.Cluster), workflows.PgkeepKind.ValueSet(s.Kind), workflows.PgkeepHost.ValueSet(s.Host))
 	}
+	// The server's list has the comment of an expression, and not its text.
 	return client.ScheduleOptions{
-		ID:            s.ID(),
-		Spec:          client.ScheduleSpec{CronExpressions: []string{s.Cron}, TimeZoneName: s.TimeZone, Jitter: s.Jitter},
-		Action:        action,
-		Overlap:       enumspb.SCHEDULE_OVERLAP_POLICY_SKIP,
-		CatchupWindow: s.CatchupWindow,
+		ID:     s.ID(),
+		Spec:   client.ScheduleSpec{CronExpressions: []string{s.Cron + " # " + s.Cron}, TimeZoneName: s.TimeZone, Jitter: s.Jitter},
+		Action: action,
+
+		TypedSearchAttributes: own,
+		Overlap:               enumspb.SCHEDULE_OVERLAP_POLICY_SKIP,
+		CatchupWindow:         s.CatchupWindow,
 	}
 }

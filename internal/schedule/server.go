@@ -12,22 +12,31 @@ import (
 	commonpb "go.temporal.io/api/common/v1"
 	"go.temporal.io/api/operatorservice/v1"
 	"go.temporal.io/api/serviceerror"
+	"go.temporal.io/api/workflowservice/v1"
 	"go.temporal.io/sdk/client"
 	"go.temporal.io/sdk/converter"
 	"go.temporal.io/sdk/temporal"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/workflows"
 )
 
+// atOnce is how many requests are on their way to the server at a time: each waits
+// for a workflow of the server's own.
+const atOnce = 16
+
 // idPrefix begins the ids of pgkeep's schedules.
 const idPrefix = "pgkeep/"
+
+// ours is the query for them.
+const ours = "ScheduleId STARTS_WITH '" + idPrefix + "'"
 
 // List returns the schedules of pgkeep on the server, in the order of their
 // ids. The server's list lags behind by moments: a schedule among ids is found
 // at once.
 func List(ctx context.Context, c client.Client, ids ...string) ([]Existing, error) {
-	found, err := c.ScheduleClient().List(ctx, client.ScheduleListOptions{Query: "ScheduleId STARTS_WITH '" + idPrefix + "'"})
+	found, err := c.ScheduleClient().List(ctx, client.ScheduleListOptions{Query: ours, PageSize: 1000})
 	if err != nil {
 		return nil, fmt.Errorf("list schedules: %w", err)
 	}
@@ -38,19 +47,112 @@ func List(ctx context.Context, c client.Client, ids ...string) ([]Existing, erro
 		}
 		ids = append(ids, entry.ID)
 	}
+	return describeAll(ctx, c, ids)
+}
+
+// describeAll describes those of ids that are there.
+func describeAll(ctx context.Context, c client.Client, ids []string) ([]Existing, error) {
 	slices.Sort(ids)
-	var have []Existing
-	for _, id := range slices.Compact(ids) {
-		e, err := describe(ctx, c, id)
-		if _, gone := errors.AsType[*serviceerror.NotFound](err); gone {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("describe schedule %s: %w", id, err)
-		}
-		have = append(have, e)
+	ids = slices.Compact(ids)
+	all := make([]Existing, len(ids))
+	group, asking := errgroup.WithContext(ctx)
+	group.SetLimit(atOnce)
+	for i, id := range ids {
+		group.Go(func() (err error) {
+			all[i], _, err = Describe(asking, c, id)
+			return err
+		})
 	}
-	return have, nil
+	if err := group.Wait(); err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(all, func(e Existing) bool { return e.ID == "" }), nil
+}
+
+// Overview is List for people who look at many schedules: of most, the server's
+// list alone is asked, which lags behind by moments, knows fewer of the next
+// starts, and neither Hash, CatchupWindow, RunTimeout, Missed nor Skipped.
+func Overview(ctx context.Context, c client.Client, namespace string, ids ...string) ([]Existing, error) {
+	found, err := c.ScheduleClient().List(ctx, client.ScheduleListOptions{Query: ours, PageSize: 1000})
+	if err != nil {
+		return nil, fmt.Errorf("list schedules: %w", err)
+	}
+	var all []Existing
+	listed := make(map[string]bool)
+	for found.HasNext() {
+		entry, err := found.Next()
+		if err != nil {
+			return nil, fmt.Errorf("list schedules: %w", err)
+		}
+		if e, ok := existing(entry); ok {
+			all = append(all, e)
+			listed[e.ID] = true
+		} else { // made by a pgkeep of before, or by somebody else
+			ids = append(ids, entry.ID)
+		}
+	}
+	if err := addRunning(ctx, c, namespace, all); err != nil {
+		return nil, err
+	}
+	others, err := describeAll(ctx, c, slices.DeleteFunc(slices.Clone(ids), func(id string) bool { return listed[id] }))
+	all = append(all, others...)
+	slices.SortFunc(all, func(a, b Existing) int { return cmp.Compare(a.ID, b.ID) })
+	return all, err
+}
+
+// existing is what an entry of the server's list tells; false if it does not tell
+// enough.
+func existing(entry *client.ScheduleListEntry) (Existing, bool) {
+	e := Existing{ID: entry.ID, Paused: entry.Paused, Note: entry.Note}
+	decode(entry.SearchAttributes.GetIndexedFields()[workflows.PgkeepHost.GetName()], &e.Host)
+	if s := entry.Spec; s != nil {
+		e.TimeZone, e.Jitter = s.TimeZoneName, s.Jitter
+		switch {
+		case len(s.Calendars) == 1 && len(s.Intervals) == 0:
+			e.Cron = s.Calendars[0].Comment
+		case len(s.Calendars) == 0 && len(s.Intervals) == 1:
+			e.Cron = "@every " + strings.TrimSuffix(strings.TrimSuffix(s.Intervals[0].Every.String(), "0s"), "0m")
+		}
+	}
+	if n := len(entry.RecentActions); n > 0 {
+		e.Last = entry.RecentActions[n-1].ActualTime
+	}
+	e.plan(entry.NextActionTimes)
+	return e, e.Host != "" && e.Cron != ""
+}
+
+// plan notes when it starts next.
+func (e *Existing) plan(next []time.Time) {
+	if len(next) == 0 || e.Paused {
+		return
+	}
+	e.Next = next[0]
+	for i, t := range next[1:] {
+		e.Every = max(e.Every, t.Sub(next[i]))
+	}
+}
+
+// addRunning notes which runs go on, of those that schedules started.
+func addRunning(ctx context.Context, c client.Client, namespace string, all []Existing) error {
+	running := make(map[string][]Run)
+	var page []byte
+	for first := true; first || len(page) > 0; first = false {
+		list, err := c.ListWorkflow(ctx, &workflowservice.ListWorkflowExecutionsRequest{Namespace: namespace, PageSize: 1000, NextPageToken: page,
+			Query: "WorkflowId STARTS_WITH '" + idPrefix + "' AND ExecutionStatus = 'Running'"})
+		if err != nil {
+			return fmt.Errorf("list workflows: %w", err)
+		}
+		for _, w := range list.Executions {
+			if id, _, ok := strings.Cut(w.Execution.WorkflowId, scheduledSuffix); ok {
+				running[id] = append(running[id], Run{w.Execution.WorkflowId, w.Execution.RunId})
+			}
+		}
+		page = list.NextPageToken
+	}
+	for i := range all {
+		all[i].Running = running[all[i].ID]
+	}
+	return nil
 }
 
 // Describe returns the schedule with that id; false if the server has none.
@@ -96,12 +198,7 @@ func describe(ctx context.Context, c client.Client, id string) (Existing, error)
 	if n := len(d.Info.RecentActions); n > 0 {
 		e.Last = d.Info.RecentActions[n-1].ActualTime
 	}
-	if len(d.Info.NextActionTimes) > 0 && !e.Paused {
-		e.Next = d.Info.NextActionTimes[0]
-		for i, next := range d.Info.NextActionTimes[1:] {
-			e.Every = max(e.Every, next.Sub(d.Info.NextActionTimes[i]))
-		}
-	}
+	e.plan(d.Info.NextActionTimes)
 	return e, nil
 }
 
@@ -118,12 +215,17 @@ func decode(payload, to any) {
 // schedule is paused, and the note. It stops at the first failure; applying a
 // new plan goes on from there.
 func Apply(ctx context.Context, c client.Client, plan []Change) error {
+	group, doing := errgroup.WithContext(ctx)
+	group.SetLimit(atOnce)
 	for _, change := range plan {
-		if err := change.apply(ctx, c.ScheduleClient()); err != nil {
-			return fmt.Errorf("%s schedule %s: %w", change.Action, change.ID, err)
-		}
+		group.Go(func() error {
+			if err := change.apply(doing, c.ScheduleClient()); err != nil {
+				return fmt.Errorf("%s schedule %s: %w", change.Action, change.ID, err)
+			}
+			return nil
+		})
 	}
-	return nil
+	return group.Wait()
 }
 
 func (c Change) apply(ctx context.Context, server client.ScheduleClient) error {
@@ -160,7 +262,11 @@ func (c Change) update(ctx context.Context, server client.ScheduleClient) error 
 			}
 			s.Spec, s.Action = &want.Spec, want.Action
 			s.Policy = &client.SchedulePolicies{Overlap: want.Overlap, CatchupWindow: want.CatchupWindow}
-			return &client.ScheduleUpdate{Schedule: &s}, nil
+			update := &client.ScheduleUpdate{Schedule: &s}
+			if c.Want.Searchable {
+				update.TypedSearchAttributes = &want.TypedSearchAttributes
+			}
+			return update, nil
 		},
 	})
 }

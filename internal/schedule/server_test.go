@@ -1,15 +1,21 @@
 package schedule_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"maps"
+	"os"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
+	gocmp "github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	commonpb "go.temporal.io/api/common/v1"
 	enumspb "go.temporal.io/api/enums/v1"
@@ -106,7 +112,7 @@ func TestServerFollowsTheList(t *testing.T) {
 	id := nightly.ID()
 	step := func(name string, got []string, want ...string) {
 		t.Helper()
-		if diff := cmp.Diff(want, got); diff != "" {
+		if diff := gocmp.Diff(want, got); diff != "" {
 			t.Fatalf("%s: differs (-want +got):\n%s", name, diff)
 		}
 	}
@@ -198,9 +204,22 @@ func TestServerHasWhatWasWanted(t *testing.T) {
 		ID: s.ID(), Host: "db1", Cron: s.Cron, Hash: s.Hash(), TimeZone: s.TimeZone,
 		Jitter: s.Jitter, CatchupWindow: s.CatchupWindow, RunTimeout: s.RunTimeout, Next: d.Info.NextActionTimes[0], Every: have[0].Every,
 	}}
-	if diff := cmp.Diff(want, have, cmpopts.EquateEmpty()); diff != "" {
+	if diff := gocmp.Diff(want, have, cmpopts.EquateEmpty()); diff != "" {
 		t.Errorf("list differs (-want +got):\n%s", diff)
 	}
+	// An overview tells the same, but for what only a description has.
+	w.eventually("the list is the same", func() bool {
+		seen, err := schedule.Overview(t.Context(), w, w.Namespace)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want[0].Hash, want[0].CatchupWindow, want[0].RunTimeout, want[0].Every = "", 0, 0, 0
+		for i := range seen {
+			seen[i].Every = 0 // of fewer starts
+		}
+		return gocmp.Equal(want, seen, cmpopts.EquateEmpty())
+	})
+
 	// With a jitter, and a change of the clock among them.
 	if every := have[0].Every; every < 23*time.Hour || every > 25*time.Hour+s.Jitter {
 		t.Errorf("it starts every %v, want a day", every)
@@ -232,6 +251,118 @@ func TestTriggerReturnsTheRunAndRefusesASecond(t *testing.T) {
 		t.Errorf("the list shows %+v", have[0])
 	}
 }
+
+// Many schedules: each is asked for and made once, and a look at all of them is a
+// few requests. PGKEEP_TEST_SCHEDULES says how many; then times are told.
+func TestManySchedules(t *testing.T) {
+	n := 50
+	if text := os.Getenv("PGKEEP_TEST_SCHEDULES"); text != "" {
+		var err error
+		if n, err = strconv.Atoi(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w := newWorld(t)
+	counted := &tally{of: make(map[string]int64)}
+	c, err := client.Dial(client.Options{HostPort: w.Address, Namespace: w.Namespace, Logger: sdklog.NewStructuredLogger(slog.New(slog.DiscardHandler)), MetricsHandler: requests{client.MetricsNopHandler, counted, ""}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	w.Client = c
+	var want []schedule.Schedule
+	for i := range n {
+		want = append(want, with(func(s *schedule.Schedule) {
+			s.Cluster, s.Host, s.Searchable = fmt.Sprintf("c%04d", i), fmt.Sprintf("db%d", i%10), true
+			if i%2 == 0 {
+				s.Cron = "@every 6h"
+			}
+		}))
+	}
+	step := func(what string, do func()) map[string]int64 {
+		t.Helper()
+		before, began := counted.all(), time.Now()
+		do()
+		took, made := time.Since(began), counted.all()
+		for name := range made {
+			made[name] -= before[name]
+		}
+		t.Logf("%s of %d: %v", what, n, took.Round(time.Millisecond))
+		return made
+	}
+	apply := func(action string) func() {
+		return func() {
+			for _, did := range w.apply(false, want...) {
+				if !strings.HasPrefix(did, action) {
+					t.Errorf("did %s, want %s", did, action)
+				}
+			}
+		}
+	}
+	if made := step("first apply", apply("create ")); made["CreateSchedule"] != int64(n) || made["DescribeSchedule"] != int64(n) || made["UpdateSchedule"] != 0 {
+		t.Errorf("requests: %v", made)
+	}
+	if made := step("second apply", apply("unchanged ")); made["CreateSchedule"]+made["UpdateSchedule"] != 0 || made["DescribeSchedule"] != int64(n) {
+		t.Errorf("requests: %v", made)
+	}
+	w.eventually("all are listed", func() bool {
+		all, err := schedule.Overview(t.Context(), w, w.Namespace)
+		return err == nil && len(all) == n
+	})
+	made := step("list", func() {
+		all, err := schedule.Overview(t.Context(), w, w.Namespace)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, e := range all {
+			if s := want[i]; e.ID != s.ID() || e.Host != s.Host || e.Cron != s.Cron || e.Next.IsZero() {
+				t.Errorf("listed %+v, want %+v", e, s)
+			}
+		}
+	})
+	if made["DescribeSchedule"] != 0 || made["ListSchedules"]+made["ListWorkflowExecutions"] > 2+int64(n)/500 {
+		t.Errorf("requests of a list: %v", made)
+	}
+}
+
+// tally is how often each operation was asked for.
+type tally struct {
+	mu sync.Mutex
+	of map[string]int64
+}
+
+func (t *tally) all() map[string]int64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return maps.Clone(t.of)
+}
+
+// requests counts, for a client, what it asks of the server.
+type requests struct {
+	client.MetricsHandler
+	*tally
+	operation string
+}
+
+func (r requests) WithTags(tags map[string]string) client.MetricsHandler {
+	r.operation = cmp.Or(tags["operation"], r.operation)
+	return r
+}
+
+func (r requests) Counter(name string) client.MetricsCounter {
+	if name != "temporal_request" {
+		return r.MetricsHandler.Counter(name)
+	}
+	return counter(func(n int64) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.of[r.operation] += n
+	})
+}
+
+type counter func(int64)
+
+func (c counter) Inc(n int64) { c(n) }
 
 func TestScheduleThatIsNotThere(t *testing.T) {
 	w := newWorld(t)
