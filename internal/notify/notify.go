@@ -19,7 +19,8 @@ import (
 )
 
 // A Notice is what there is to tell about a run. As JSON it is the body that a
-// webhook gets, with "text" and "schema" beside it.
+// webhook gets, with "text" and "schema" beside it; "text" is a line that Slack
+// shows.
 type Notice struct {
 	Cluster string    `json:"cluster"`
 	Kind    string    `json:"kind"` // physical, logical, restore-test, wal-audit or expire
@@ -68,6 +69,11 @@ func what(kind string) string {
 	return kind
 }
 
+// marked writes text as Slack and its like read it: what happened may hold a <, and
+// must not become a link or call a whole channel. See
+// https://docs.slack.dev/messaging/formatting-message-text, "Escaping text".
+var marked = strings.NewReplacer("&", "&amp;", "<", "&lt;", ">", "&gt;")
+
 // A Notifier knows whom to tell. Nil tells nobody.
 type Notifier struct {
 	webhook, ping string
@@ -110,7 +116,7 @@ func (n *Notifier) Tell(ctx context.Context, about Notice) error {
 			Text   string `json:"text"`
 			Schema string `json:"schema"`
 			Notice
-		}{about.Text(), "pgkeep.notice/1", about})
+		}{marked.Replace(about.Text()), "pgkeep.notice/1", about})
 		if err == nil {
 			err = n.send(ctx, http.MethodPost, n.webhook, body)
 		}
