@@ -65,7 +65,7 @@ func (e *env) scheduleApply(ctx context.Context, opt applyOptions) error {
 		return err
 	}
 	want := wanted(cfg, searchable)
-	have, err := schedule.List(ctx, s, ids(want)...)
+	have, err := schedule.Compared(ctx, s, want)
 	if err != nil {
 		return err
 	}

@@ -154,6 +154,11 @@ const (
 	memoCron = "pgkeep.cron"
 )
 
+// hashAttribute holds Hash in the search attributes of a schedule itself, which has
+// no stage; those of its runs are others. One more attribute would have to be
+// registered on every server.
+var hashAttribute = workflows.PgkeepStage
+
 // options is s in Temporal's words.
 func (s Schedule) options() client.ScheduleOptions {
 	action := &client.ScheduleWorkflowAction{
@@ -181,7 +186,8 @@ func (s Schedule) options() client.ScheduleOptions {
 		action.TypedSearchAttributes = temporal.NewSearchAttributes(
 			workflows.PgkeepCluster.ValueSet(s.Cluster), workflows.PgkeepKind.ValueSet(s.Kind))
 		own = temporal.NewSearchAttributes(
-			workflows.PgkeepCluster.ValueSet(s.Cluster), workflows.PgkeepKind.ValueSet(s.Kind), workflows.PgkeepHost.ValueSet(s.Host))
+			workflows.PgkeepCluster.ValueSet(s.Cluster), workflows.PgkeepKind.ValueSet(s.Kind), workflows.PgkeepHost.ValueSet(s.Host),
+			hashAttribute.ValueSet(s.Hash()))
 	}
 	// The server's list has the comment of an expression, and not its text.
 	return client.ScheduleOptions{

@@ -71,40 +71,61 @@ func describeAll(ctx context.Context, c client.Client, ids []string) ([]Existing
 
 // Overview is List for people who look at many schedules: of most, the server's
 // list alone is asked, which lags behind by moments, knows fewer of the next
-// starts, and neither Hash, CatchupWindow, RunTimeout, Missed nor Skipped.
+// starts, and neither CatchupWindow, RunTimeout, Missed nor Skipped.
 func Overview(ctx context.Context, c client.Client, namespace string, ids ...string) ([]Existing, error) {
+	all, err := overview(ctx, c, ids, func(e Existing) bool { return e.Host != "" && e.Cron != "" })
+	if err == nil {
+		err = addRunning(ctx, c, namespace, all)
+	}
+	return all, err
+}
+
+// Compared is what a Plan takes of the server: what its list says is as wanted is
+// not looked at again.
+func Compared(ctx context.Context, c client.Client, want []Schedule) ([]Existing, error) {
+	hashes := make(map[string]string)
+	var ids []string
+	for _, w := range want {
+		hashes[w.ID()], ids = w.Hash(), append(ids, w.ID())
+	}
+	return overview(ctx, c, ids, func(e Existing) bool {
+		wanted, ok := hashes[e.ID]
+		return ok && e.Hash == wanted || !ok && e.Host != ""
+	})
+}
+
+// overview lists the schedules of pgkeep, in the order of their ids, and describes
+// those of which the server's list does not tell enough, or nothing yet.
+func overview(ctx context.Context, c client.Client, ids []string, enough func(Existing) bool) ([]Existing, error) {
 	found, err := c.ScheduleClient().List(ctx, client.ScheduleListOptions{Query: ours, PageSize: 1000})
 	if err != nil {
 		return nil, fmt.Errorf("list schedules: %w", err)
 	}
 	var all []Existing
-	listed := make(map[string]bool)
+	told := make(map[string]bool)
 	for found.HasNext() {
 		entry, err := found.Next()
 		if err != nil {
 			return nil, fmt.Errorf("list schedules: %w", err)
 		}
-		if e, ok := existing(entry); ok {
-			all = append(all, e)
-			listed[e.ID] = true
-		} else { // made by a pgkeep of before, or by somebody else
-			ids = append(ids, entry.ID)
+		if e := existing(entry); enough(e) {
+			all, told[e.ID] = append(all, e), true
+		} else {
+			ids = append(ids, e.ID)
 		}
 	}
-	if err := addRunning(ctx, c, namespace, all); err != nil {
-		return nil, err
-	}
-	others, err := describeAll(ctx, c, slices.DeleteFunc(slices.Clone(ids), func(id string) bool { return listed[id] }))
+	others, err := describeAll(ctx, c, slices.DeleteFunc(slices.Clone(ids), func(id string) bool { return told[id] }))
 	all = append(all, others...)
 	slices.SortFunc(all, func(a, b Existing) int { return cmp.Compare(a.ID, b.ID) })
 	return all, err
 }
 
-// existing is what an entry of the server's list tells; false if it does not tell
-// enough.
-func existing(entry *client.ScheduleListEntry) (Existing, bool) {
+// existing is what an entry of the server's list tells.
+func existing(entry *client.ScheduleListEntry) Existing {
 	e := Existing{ID: entry.ID, Paused: entry.Paused, Note: entry.Note}
-	decode(entry.SearchAttributes.GetIndexedFields()[workflows.PgkeepHost.GetName()], &e.Host)
+	told := entry.SearchAttributes.GetIndexedFields()
+	decode(told[workflows.PgkeepHost.GetName()], &e.Host)
+	decode(told[hashAttribute.GetName()], &e.Hash)
 	if s := entry.Spec; s != nil {
 		e.TimeZone, e.Jitter = s.TimeZoneName, s.Jitter
 		switch {
@@ -118,7 +139,7 @@ func existing(entry *client.ScheduleListEntry) (Existing, bool) {
 		e.Last = entry.RecentActions[n-1].ActualTime
 	}
 	e.plan(entry.NextActionTimes)
-	return e, e.Host != "" && e.Cron != ""
+	return e
 }
 
 // plan notes when it starts next.
@@ -150,7 +171,9 @@ func addRunning(ctx context.Context, c client.Client, namespace string, all []Ex
 		page = list.NextPageToken
 	}
 	for i := range all {
-		all[i].Running = running[all[i].ID]
+		if len(all[i].Running) == 0 { // else it was described
+			all[i].Running = running[all[i].ID]
+		}
 	}
 	return nil
 }
