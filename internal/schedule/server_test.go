@@ -77,7 +77,7 @@ func (w *world) describe(id string) *client.ScheduleDescription {
 // eventually waits for what the server makes true in its own time.
 func (w *world) eventually(what string, ok func() bool) {
 	w.t.Helper()
-	ctx, cancel := context.WithTimeout(w.t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(w.t.Context(), 5*time.Minute)
 	defer cancel()
 	for !ok() {
 		select {
