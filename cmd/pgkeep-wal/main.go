@@ -43,6 +43,8 @@ Options, after push, fetch or claim:
                     history waits for the store, however long it is down
   --expect SEGMENT  of fetch: the archive held the log up to there, so that no
                     segment up to there is absent; pgkeep restore sets it
+  --judge           of fetch: what is found damaged or missing twice in a row is
+                    not tried again; restore tests set it, no recovery should
 
 Exit statuses: https://github.com/pgkeep/pgkeep/blob/main/docs/ERRORS.md
 `
@@ -134,6 +136,7 @@ type call struct {
 	file, cluster, pgdata string
 	timeout               time.Duration
 	expect                pg.WALName // only of fetch; zero: nothing
+	judge                 bool       // only of fetch
 	after                 pg.WALName // only of push-ahead
 }
 
@@ -164,6 +167,7 @@ func parse(args []string, out io.Writer) (c call, err error) {
 	switch c.verb {
 	case fetch:
 		f.Func("expect", "", segment(&c.expect))
+		f.BoolVar(&c.judge, "judge", false, "")
 	case pushAhead:
 		f.Func("after", "", segment(&c.after))
 	}
@@ -253,7 +257,7 @@ func (c call) do(ctx context.Context, environ []string, out, errw io.Writer) err
 		return c.fetcher(cfg).Prefetch(ctx)
 	}
 	f := c.fetcher(cfg)
-	f.Expect = c.expect
+	f.Expect, f.Judge = c.expect, c.judge
 	f.Spawn = func() {
 		if err := c.spawn(environ, ahead); err != nil { // which is no failure of this fetch
 			fmt.Fprintf(errw, "pgkeep-wal: fetch ahead: %v\n", err)

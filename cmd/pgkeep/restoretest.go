@@ -227,8 +227,12 @@ func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Se
 func testerOf(c *config.Config, st store.Store, a repo.Access, log *slog.Logger) *proof.Tester {
 	s := c.RestoreTest
 	return &proof.Tester{Host: string(c.Host), Log: log, Policy: proof.Policy(s.Policy), Limit: s.Limit, Jobs: s.Jobs,
-		Open:    func(ctx context.Context) (*repo.Repo, error) { return repo.Open(ctx, st, a) },
-		Prepare: func(name string) (restore.Physical, error) { return serverNeeds(c, name) },
+		Open: func(ctx context.Context) (*repo.Repo, error) { return repo.Open(ctx, st, a) },
+		Prepare: func(name string) (restore.Physical, error) {
+			p, err := serverNeeds(c, name)
+			p.Fetch = append(p.Fetch, "--judge")
+			return p, err
+		},
 		Source: func(name string) (cluster.Cluster, bool) {
 			_, at, err := clusterOf(c, name)
 			return at, err == nil

@@ -49,6 +49,10 @@ type Fetcher struct {
 	// Expect, if not zero, is a segment that the archive is known to have held.
 	// It and those before it are never ErrAbsent.
 	Expect pg.WALName
+	// Judge is for a test of what the archive holds: a file that two attempts in a
+	// row find damaged, or gone though it is expected, is not tried again. Where a
+	// server is to be saved, somebody may bring it back in time.
+	Judge bool
 
 	// Ahead is how many segments Prefetch keeps ready. 0: none.
 	Ahead int
@@ -78,7 +82,7 @@ func (f Fetcher) Fetch(ctx context.Context, name, path string) error {
 			return nil
 		}
 		wait, again := p.after(err, time.Now())
-		if !again {
+		if !again || f.Judge && p.proved >= 2 && !f.mayFill(n, err) {
 			break
 		}
 		select {
@@ -132,6 +136,12 @@ func (f Fetcher) attempt(ctx context.Context, n pg.WALName, path string) error {
 	return nil
 }
 
+// mayFill reports whether err is a hole that archiving may just be filling.
+func (f Fetcher) mayFill(n pg.WALName, err error) bool {
+	_, hole := errors.AsType[*holeError](err)
+	return hole && !f.expected(n)
+}
+
 // expected reports whether the archive is known to have held a segment. On which
 // timeline does not matter: PostgreSQL asks for the newest that can have it, and
 // goes on to an older one only if that is absent.
@@ -145,6 +155,7 @@ type patience struct {
 	holeGrace time.Duration
 
 	failures int
+	proved   int       // of them, those in a row that the archive, and not the way to it, is to blame for
 	hole     time.Time // when a hole was seen first, and ever since
 	last     error     // the one to report
 }
@@ -155,6 +166,12 @@ func (p *patience) after(err error, now time.Time) (wait time.Duration, again bo
 	_, proved := errors.AsType[*holeError](p.last)
 	if p.last == nil || !errors.Is(err, context.DeadlineExceeded) && !(proved && transient(err)) {
 		p.last = err // that time ran out says less than what came before; and silence does not fill a hole
+	}
+	switch fail.KindOf(err) {
+	case fail.Corrupt, fail.Untrusted, fail.WrongSystem, fail.Unsupported:
+		p.proved++
+	default:
+		p.proved = 0
 	}
 	if _, ok := errors.AsType[*holeError](err); !ok {
 		p.hole = time.Time{}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/store"
 	"github.com/pgkeep/pgkeep/internal/wal"
@@ -301,4 +302,48 @@ func TestC9WhatWasLetGoIsNotTheEndOfTheLog(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Who judges an archive need not hear a minute long that a file is damaged, or
+// gone. All that may pass, or be filled in, is waited for all the same.
+func TestWhoJudgesHearsOfDamageAtOnce(t *testing.T) {
+	for name, c := range map[string]struct {
+		fails func(int) error
+		ask   string
+		soon  bool
+	}{
+		"damaged":                 {func(int) error { return fail.With(fail.Corrupt, errors.New("flipped")) }, "41", true},
+		"of somebody else":        {func(int) error { return fail.With(fail.Untrusted, errors.New("who?")) }, "41", true},
+		"gone since":              {nil, "42", true},
+		"a hole behind the end":   {nil, "44", false},
+		"the store is down":       {func(int) error { return fmt.Errorf("%w", fail.StoreDown) }, "41", false},
+		"access is denied":        {func(int) error { return fmt.Errorf("%w", fail.StoreDenied) }, "41", false},
+		"damaged, now and then":   {func(n int) error { return fmt.Errorf("%w", []fail.Kind{fail.Corrupt, fail.StoreDown}[n%2]) }, "41", false},
+		"damaged in one reading":  {func(n int) error { return map[bool]error{true: fmt.Errorf("%w", fail.Corrupt)}[n == 1] }, "41", true},
+		"not whole when archived": {func(int) error { return fmt.Errorf("%w", fail.Unsupported) }, "41", true},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			a := archived(t, seg+"41", seg+"43", seg+"45")
+			a.fails = c.fails
+			f := a.fetcher(t, serverDir(t))
+			f.Judge, f.Expect = true, mustName(t, seg+"43")
+			took, err := fetch(t, f, seg+c.ask)
+			if (took < time.Second) != c.soon || (err == nil) != (name == "damaged in one reading") {
+				t.Errorf("%s: %v after %v", name, err, took)
+			}
+			f.Judge = false
+			if took, err := fetch(t, f, seg+c.ask); err != nil && took < 29*time.Second {
+				t.Errorf("%s: a recovery gave up after %v: %v", name, took, err)
+			}
+		})
+	}
+}
+
+func mustName(t *testing.T, s string) pg.WALName {
+	t.Helper()
+	n, err := pg.ParseWALName(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
 }
