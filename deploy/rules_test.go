@@ -46,7 +46,7 @@ func recorded(t *testing.T, name string) scrape {
 }
 
 // with is s with other values. "a b" is a for the first half of a day, and then
-// b. A series that is not recorded is an error: no rule would wait for it.
+// b; "a x b" has one x between them. A series that is not recorded is an error: no rule would wait for it.
 func (s scrape) with(t *testing.T, other scrape) scrape {
 	t.Helper()
 	s = maps.Clone(s)
@@ -63,15 +63,16 @@ func (s scrape) with(t *testing.T, other scrape) scrape {
 func (s scrape) input() (all []map[string]string) {
 	const samples = 26 * 4
 	for series, value := range s {
-		first, second, changes := strings.Cut(value, " ")
-		if !changes {
-			second = first
+		turns := strings.Fields(strings.ReplaceAll(value, "+", ""))
+		first, last, between := turns[0], turns[len(turns)-1], ""
+		if len(turns) == 3 {
+			between = turns[1] + " "
 		}
 		name, labels, _ := strings.Cut(strings.TrimSuffix(series, "}"), "{")
 		if labels != "" {
 			labels += ","
 		}
-		values := strings.Repeat(strings.TrimPrefix(first, "+")+" ", samples/2) + strings.Repeat(strings.TrimPrefix(second, "+")+" ", samples/2)
+		values := strings.Repeat(first+" ", samples/2) + between + strings.Repeat(last+" ", samples/2)
 		all = append(all, map[string]string{"series": fmt.Sprintf("%s{%sjob=\"pgkeep\",instance=\"db1:9788\"}", name, labels), "values": values})
 	}
 	return all
@@ -90,7 +91,15 @@ func TestAlertRules(t *testing.T) {
 			deaf[series] = "0"
 		}
 	}
-	daily := scrape{"pgkeep_schedule_period_seconds" + kind("logical"): "86400"}
+	aged := func(age string) scrape {
+		return scrape{"pgkeep_backup_age_limit_seconds" + kind("logical"): "129600", "pgkeep_backup_age_seconds" + kind("logical"): age}
+	}
+	noSchedules, noTemporal := scrape{}, scrape{}
+	for series := range sound {
+		if strings.HasPrefix(series, "pgkeep_schedule_present") {
+			noSchedules[series], noTemporal[series] = "0", "-1"
+		}
+	}
 	promised := scrape{"pgkeep_window_promised_seconds" + main: "1209600", "pgkeep_window_age_seconds" + main: "86400", "pgkeep_backup_oldest_age_seconds" + kind("physical"): "86400"}
 	cases := []struct {
 		what string
@@ -98,31 +107,45 @@ func TestAlertRules(t *testing.T) {
 		want []string // alerts, with what tells them apart
 	}{
 		{"all is well", sound, nil},
-		{"before anything was seen", first, []string{"PgkeepBlind main repository", "PgkeepBlind main schedules", "PgkeepBlind main server"}},
-		{"a hole, a failed test, a paused schedule, PostgreSQL gone", faulty, []string{"PgkeepRestoreTestFailed main logical", "PgkeepSchedulePaused main logical", "PgkeepUnproven main logical", "PgkeepWALHole main"}},
+		{"before anything was seen", first, []string{"PgkeepBlind main repository", "PgkeepBlind main schedules", "PgkeepBlind main server", "PgkeepNoRecentBackup main logical"}},
+		{"a hole, a failed test, a paused schedule, PostgreSQL gone", faulty, []string{"PgkeepRestoreTestFailed main logical", "PgkeepScheduleFailing main wal-audit", "PgkeepSchedulePaused main logical", "PgkeepUnproven main logical", "PgkeepWALHole main"}},
 		{"nobody is there", scrape{"up{}": "0"}, []string{"PgkeepAbsent", "PgkeepWorkerDown"}},
 		{"a worker is down", down, []string{"PgkeepWorkerDown"}},
 		{"a source is silent", sound.with(t, scrape{`pgkeep_look_age_seconds{cluster="main",source="repository"}`: "1801"}), []string{"PgkeepBlind main repository"}},
-		{"a backup is old", sound.with(t, daily).with(t, scrape{"pgkeep_backup_age_seconds" + kind("logical"): "111601"}), []string{"PgkeepNoRecentBackup main logical"}},
-		{"a backup takes its time", sound.with(t, daily).with(t, scrape{"pgkeep_backup_age_seconds" + kind("logical"): "111599"}), nil},
-		{"a backup is old, and its schedule paused", sound.with(t, scrape{"pgkeep_schedule_period_seconds" + kind("logical"): "-1", "pgkeep_backup_age_seconds" + kind("logical"): "691201"}), []string{"PgkeepNoRecentBackup main logical"}},
-		{"a kind that is scheduled was never taken", sound.with(t, scrape{"pgkeep_schedule_present" + kind("physical"): "1"}), []string{"PgkeepNoRecentBackup main physical"}},
+		{"a backup is old", sound.with(t, aged("129601")), []string{"PgkeepNoRecentBackup main logical"}},
+		{"a backup takes its time", sound.with(t, aged("129599")), nil},
+		{"a backup is old, and none is expected", sound.with(t, aged("5184000")).with(t, scrape{"pgkeep_backup_age_limit_seconds" + kind("logical"): "0"}), nil},
+		{"a backup is old, and all schedules are gone", sound.with(t, aged("5184000")).with(t, noSchedules), []string{"PgkeepNoRecentBackup main logical", "PgkeepScheduleMissing main logical", "PgkeepScheduleMissing main wal-audit", "PgkeepUnscheduled main"}},
+		{"a backup is old, and Temporal is gone", sound.with(t, aged("5184000")).with(t, noTemporal), []string{"PgkeepNoRecentBackup main logical"}},
+		{"a backup is old, and its schedule paused", sound.with(t, aged("5184000")).with(t, scrape{"pgkeep_schedule_paused" + kind("logical"): "1"}), []string{"PgkeepNoRecentBackup main logical", "PgkeepSchedulePaused main logical"}},
+		{"a schedule is gone", sound.with(t, scrape{"pgkeep_schedule_wanted" + kind("expire"): "1"}), []string{"PgkeepScheduleMissing main expire"}},
+		{"a schedule is not known", sound.with(t, scrape{"pgkeep_schedule_wanted" + kind("expire"): "1"}).with(t, noTemporal), nil},
+		{"a schedule fails", sound.with(t, scrape{"pgkeep_schedule_last_run_passed" + kind("expire"): "0"}), []string{"PgkeepScheduleFailing main expire"}},
+		{"a kind that is scheduled was never taken", sound.with(t, scrape{"pgkeep_backup_age_limit_seconds" + kind("physical"): "129600"}), []string{"PgkeepNoRecentBackup main physical"}},
+		{"a clock is wrong", sound.with(t, scrape{"pgkeep_dated_ahead_seconds" + main: "301"}), []string{"PgkeepClockSkew main"}},
+		{"pages are damaged", sound.with(t, scrape{"pgkeep_backups_page_damage" + main: "1"}), []string{"PgkeepPageDamage main"}},
 		{"there is no backup", sound.with(t, scrape{"pgkeep_backups" + kind("logical"): "0"}), []string{"PgkeepNoBackup main"}},
 		{"a backup is damaged", sound.with(t, scrape{"pgkeep_backups_damaged" + main: "1"}), []string{"PgkeepBackupDamaged main"}},
 		{"a backup leads nowhere", sound.with(t, scrape{"pgkeep_backups_unusable" + main: "1"}), []string{"PgkeepBackupUnusable main"}},
 		{"a hole", sound.with(t, scrape{"pgkeep_wal_holes" + main: "1"}), []string{"PgkeepWALHole main"}},
 		{"the window is shorter than promised", sound.with(t, promised).with(t, scrape{"pgkeep_backup_oldest_age_seconds" + kind("physical"): "1300000"}), []string{"PgkeepWindowShort main"}},
+		{"there is no window", sound.with(t, promised).with(t, scrape{"pgkeep_window_age_seconds" + main: "+Inf"}), []string{"PgkeepWindowShort main"}},
+		{"there is no window, and none is promised", sound.with(t, promised).with(t, scrape{"pgkeep_window_age_seconds" + main: "+Inf", "pgkeep_window_promised_seconds" + main: "0"}), nil},
+		{"there is no window, and nothing to begin one", sound.with(t, promised).with(t, scrape{"pgkeep_window_age_seconds" + main: "+Inf", "pgkeep_backup_oldest_age_seconds" + kind("physical"): "+Inf"}), nil},
 		{"the window is shorter, and so is its history", sound.with(t, promised), nil},
 		{"files wait", sound.with(t, scrape{"pgkeep_wal_ready_age_seconds" + main: "601"}), []string{"PgkeepWALNotArchived main"}},
 		{"the archive is behind", sound.with(t, scrape{"pgkeep_wal_lag_bytes" + main: "2e9"}), []string{"PgkeepWALBehind main"}},
 		{"nothing is archived", sound.with(t, scrape{"pgkeep_wal_archiving" + main: "0"}), []string{"PgkeepArchivingOff main"}},
-		{"nothing is archived, as is wanted", sound.with(t, scrape{"pgkeep_wal_archiving" + main: "0", "pgkeep_schedule_present" + kind("wal-audit"): "0"}), nil},
+		{"nothing is archived, as is wanted", sound.with(t, scrape{"pgkeep_wal_archiving" + main: "0", "pgkeep_schedule_present" + kind("wal-audit"): "0", "pgkeep_schedule_wanted" + kind("wal-audit"): "0"}), nil},
 		{"a restore test failed", sound.with(t, scrape{"pgkeep_restore_test_passed" + kind("logical"): "0"}), []string{"PgkeepRestoreTestFailed main logical"}},
 		{"nothing was ever proved", sound.with(t, scrape{"pgkeep_proven_age_seconds" + kind("logical"): "+Inf"}), []string{"PgkeepUnproven main logical"}},
 		{"a schedule is paused", sound.with(t, scrape{"pgkeep_schedule_paused" + kind("wal-audit"): "1"}), []string{"PgkeepSchedulePaused main wal-audit"}},
 		{"a schedule was paused for some hours", sound.with(t, scrape{"pgkeep_schedule_paused" + kind("wal-audit"): "0 1"}), nil},
-		{"starts were missed", sound.with(t, scrape{"pgkeep_schedule_missed_total" + kind("logical"): "0 2"}), []string{"PgkeepScheduleMissed main logical"}},
-		{"starts were skipped", sound.with(t, scrape{"pgkeep_schedule_skipped_total" + kind("logical"): "3 4"}), []string{"PgkeepScheduleSkipped main logical"}},
+		{"a proof is old", sound.with(t, scrape{"pgkeep_proven_age_seconds" + kind("logical"): "604801", "pgkeep_proven_age_limit_seconds" + kind("logical"): "604800"}), []string{"PgkeepUnproven main logical"}},
+		{"a proof is old, and that will do", sound.with(t, scrape{"pgkeep_proven_age_seconds" + kind("logical"): "60480100", "pgkeep_proven_age_limit_seconds" + kind("logical"): "0"}), nil},
+		{"starts were missed", sound.with(t, scrape{"pgkeep_schedule_missed" + kind("logical"): "0 2"}), []string{"PgkeepScheduleMissed main logical"}},
+		{"starts were skipped", sound.with(t, scrape{"pgkeep_schedule_skipped" + kind("logical"): "3 4"}), []string{"PgkeepScheduleSkipped main logical"}},
+		{"a worker is restarted", sound.with(t, scrape{"pgkeep_schedule_missed" + kind("logical"): "3 -1 3", "pgkeep_schedule_skipped" + kind("logical"): "7 -1 7"}), nil},
 		{"nobody polls", deaf, []string{"PgkeepNoPollers db1:9788 pgkeep", "PgkeepNoPollers db1:9788 pgkeep-host-db1"}},
 	}
 
@@ -197,7 +220,7 @@ func TestAlertRules(t *testing.T) {
 		t.Fatal(err)
 	}
 	file := filepath.Join(t.TempDir(), "pgkeep_test.yml")
-	b, err := yaml.Marshal(map[string]any{"rule_files": []string{abs}, "evaluation_interval": "15m", "tests": tests})
+	b, err := yaml.Marshal(map[string]any{"rule_files": []string{abs}, "evaluation_interval": "30m", "tests": tests})
 	if err == nil {
 		err = os.WriteFile(file, b, 0o600)
 	}

@@ -22,6 +22,7 @@ import (
 	"go.temporal.io/sdk/log"
 
 	"github.com/pgkeep/pgkeep/internal/audit"
+	"github.com/pgkeep/pgkeep/internal/health"
 	"github.com/pgkeep/pgkeep/internal/metrics"
 	"github.com/pgkeep/pgkeep/internal/proof"
 	"github.com/pgkeep/pgkeep/internal/repo"
@@ -71,6 +72,8 @@ func TestMetricsOfAWorker(t *testing.T) {
 	ctx := t.Context()
 	r, segments, archive := archived(t, "true")
 	m, err := metrics.New(metrics.Options{Clusters: []*audit.Auditor{{Name: "main", Cluster: r.logical.Cluster, Open: r.logical.Open}},
+		Promises: map[string]metrics.Promise{"main": {Backups: health.Policy{Age: map[repo.Kind]time.Duration{repo.Logical: 36 * time.Hour}, Proof: 7 * 24 * time.Hour},
+			Schedules: []string{workflows.Logical, workflows.KindWALAudit}}},
 		Log: r.logical.Log, Rarely: 500 * time.Millisecond, Often: 200 * time.Millisecond})
 	if err != nil {
 		t.Fatal(err)
@@ -175,8 +178,14 @@ func TestMetricsOfAWorker(t *testing.T) {
 	if err := schedule.Pause(ctx, r.client, plan[0].ID, "a test"); err != nil {
 		t.Fatal(err)
 	}
+	if _, err := schedule.Trigger(ctx, r.client, plan[1].ID); err != nil {
+		t.Fatal(err)
+	}
+	told(t, url, "faulty", `pgkeep_schedule_last_run_passed{cluster="main",kind="wal-audit"} 0`)
 	r.pg.Kill()
 	told(t, url, "faulty",
+		`pgkeep_schedule_last_run_passed{cluster="main",kind="wal-audit"} 0`,
+		`pgkeep_schedule_last_run_passed{cluster="main",kind="logical"} -1`,
 		`pgkeep_wal_holes{cluster="main"} 1`,
 		`pgkeep_wal_missing_files{cluster="main"} 1`,
 		`pgkeep_restore_test_passed{cluster="main",kind="logical"} 0`,

@@ -113,7 +113,10 @@ func nagios(all []examined, err error, now time.Time) (string, error) {
 	case status == 0:
 		text = good
 	}
-	line := "PGKEEP " + words + " - " + plain(strings.Join(text, "; ")) + " | " + strings.Join(data, " ")
+	line := "PGKEEP " + words + " - " + plain(strings.Join(text, "; "))
+	if len(data) > 0 {
+		line += " | " + strings.Join(data, " ")
+	}
 	if status == 0 {
 		return line, nil
 	}
@@ -125,17 +128,22 @@ func plain(s string) string {
 	return strings.NewReplacer("|", "/", "\n", " ", "\r", " ").Replace(s)
 }
 
+// kinds of backups, in the order in which they are told.
+var kinds = []repo.Kind{repo.Physical, repo.Logical}
+
 // sound says what is good about a cluster.
 func (c examined) sound(now time.Time) string {
 	parts := []string{}
-	if b, ok := c.Newest(); ok {
+	if b, ok := c.Newest(now); ok {
 		parts = append(parts, "newest backup "+span(now.Sub(b.FinishedAt))+" old")
 	}
 	if at, ok := c.Until(); ok {
 		parts = append(parts, "every moment up to "+span(now.Sub(at))+" ago")
 	}
-	if t, ok := c.Proven(); ok {
-		parts = append(parts, "proven "+span(now.Sub(t.FinishedAt))+" ago")
+	for _, kind := range kinds {
+		if p, ok := c.Proven(now, kind); ok {
+			parts = append(parts, string(kind)+" proven up to "+span(now.Sub(p.Moment))+" ago")
+		}
 	}
 	return c.Cluster + ": " + strings.Join(parts, ", ")
 }
@@ -152,23 +160,24 @@ func (c examined) perfdata(now time.Time) (data []string) {
 		}
 		return fmt.Sprintf("%ds", max(0, int64(now.Sub(at).Seconds())))
 	}
-	limits := func(d time.Duration) string { return fmt.Sprintf(";%d;%d", int64(d.Seconds()), int64(2*d.Seconds())) }
-	if len(c.policy.Age) == 0 {
-		b, ok := c.Newest()
-		add("backup_age", age(b.FinishedAt, ok), limits(health.DefaultAge))
-	}
-	for _, kind := range []repo.Kind{repo.Physical, repo.Logical} {
-		if limit, ok := c.policy.Age[kind]; ok {
-			b, ok := c.Newest(kind)
-			add(string(kind)+"_age", age(b.FinishedAt, ok), limits(limit))
+	for _, kind := range kinds {
+		limit := c.Limit(c.policy, kind, now)
+		if limit == 0 && !c.Has(kind) {
+			continue
 		}
+		within := ""
+		if limit > 0 {
+			within = fmt.Sprintf(";%d;%d", int64(limit.Seconds()), int64(2*limit.Seconds()))
+		}
+		b, ok := c.Newest(now, kind)
+		add(string(kind)+"_age", age(b.FinishedAt, ok), within)
+		within = ""
+		if limit := c.policy.ProofLimit(kind); limit > 0 {
+			within = fmt.Sprintf(";%d", int64(limit.Seconds()))
+		}
+		p, ok := c.Proven(now, kind)
+		add(string(kind)+"_proven_age", age(p.Moment, ok), within)
 	}
-	t, ok := c.Proven()
-	within := ""
-	if c.policy.Proof > 0 {
-		within = fmt.Sprintf(";%d", int64(c.policy.Proof.Seconds()))
-	}
-	add("proven_age", age(t.FinishedAt, ok), within)
 	if len(c.Archives) > 0 {
 		at, ok := c.Until()
 		add("window_age", age(at, ok), "")

@@ -184,9 +184,7 @@ func (e *env) examine(ctx context.Context, cfg *config.Config, r *repo.Repo, nam
 		} else {
 			x.found = append(x.found, s.Findings(expected(cfg, name), now)...)
 		}
-		_, physical := s.Newest(repo.Physical)
-		_, logical := s.Newest(repo.Logical)
-		x.duty.Physical, x.duty.Logical = x.duty.Physical || physical, x.duty.Logical || logical
+		x.duty.Physical, x.duty.Logical = x.duty.Physical || s.Has(repo.Physical), x.duty.Logical || s.Has(repo.Logical)
 	}
 	settings := cfg.Clusters[config.Name(name)]
 	if settings.Host != "" && settings.Host != cfg.Host {

@@ -38,7 +38,7 @@ func shownProof(ctx context.Context, r *repo.Repo, b repo.Ref, within time.Durat
 	if err != nil {
 		return nil, proof.Standing{}, err
 	}
-	s := proof.Judge(all)
+	s := proof.Judge(all, now)
 	p := &proofShown{State: s.State(within, now), ProvenAt: jsonTime(s.At), Test: s.Last.Test, Host: s.Last.Host, FinishedAt: jsonTime(s.Last.FinishedAt),
 		RTO: s.Report.RTO, at: s.At}
 	if s.Last.Test != "" {

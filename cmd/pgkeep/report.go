@@ -104,8 +104,18 @@ func (e *env) schedulesOn(ctx context.Context, s *server) (map[string][]health.S
 	of := make(map[string][]health.Schedule)
 	for _, h := range have {
 		cluster, kind, _ := strings.Cut(strings.TrimPrefix(h.ID, "pgkeep/"), "/")
-		of[cluster] = append(of[cluster], health.Schedule{Kind: kind, Cron: h.Cron, TimeZone: h.TimeZone, Paused: h.Paused, Note: h.Note,
-			Next: h.Next, Every: h.Every, Last: h.Last, Running: len(h.Running) > 0, Missed: h.Missed, Skipped: h.Skipped})
+		one := health.Schedule{Kind: kind, Cron: h.Cron, TimeZone: h.TimeZone, Paused: h.Paused, Note: h.Note,
+			Next: h.Next, Every: h.Every, Last: h.Last, Running: len(h.Running) > 0, Missed: h.Missed, Skipped: h.Skipped}
+		if _, ours := cfg.Clusters[config.Name(cluster)]; ours {
+			last, err := schedule.LastEnded(ctx, s, h)
+			if err != nil {
+				return nil, err
+			}
+			if !last.Done {
+				one.Failed, one.Run = last.At, last.Run.WorkflowID
+			}
+		}
+		of[cluster] = append(of[cluster], one)
 	}
 	return of, nil
 }

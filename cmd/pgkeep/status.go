@@ -34,9 +34,7 @@ type statusShown struct {
 	Backups   []newestShown     `json:"newest_backups"` // of each kind that there is
 	From      *time.Time        `json:"window_from"`    // the first moment of the newest run of moments without a gap
 	Until     *time.Time        `json:"window_until"`
-	Proven    *time.Time        `json:"proven"` // when a restore test last passed, …
-	ProvenID  repo.ID           `json:"proven_backup,omitempty"`
-	RTO       float64           `json:"rto_seconds,omitempty"` // … and how long it took
+	Proven    []provenShown     `json:"proven"` // of each kind of which a restore test passed
 	Archiver  *cluster.Archiver `json:"archiver"`
 	Unasked   string            `json:"archiver_unknown,omitempty"` // why Archiver is null
 	Schedules []runsShown       `json:"schedules"`                  // null: Temporal does not answer
@@ -44,6 +42,7 @@ type statusShown struct {
 	Findings  []health.Finding  `json:"findings"`                   // as check has them
 }
 
+// A newestShown is the newest backup of a kind that counts.
 type newestShown struct {
 	Kind     repo.Kind `json:"kind"`
 	ID       repo.ID   `json:"id"`
@@ -51,6 +50,15 @@ type newestShown struct {
 	Bytes    int64     `json:"bytes"`
 	Stored   int64     `json:"stored"`
 	Count    int       `json:"count"` // how many there are of the kind
+}
+
+// A provenShown is the newest moment that came back in a restore test.
+type provenShown struct {
+	Kind   repo.Kind `json:"kind"`
+	Moment time.Time `json:"moment"`
+	Backup repo.ID   `json:"backup"`
+	Tested time.Time `json:"tested_at"`
+	RTO    float64   `json:"rto_seconds"` // how long it took
 }
 
 type runsShown struct {
@@ -70,9 +78,10 @@ func (e *env) status(ctx context.Context, only string, asJSON bool) error {
 		return err
 	}
 	schedules, running, noTemporal := e.inTemporal(ctx)
+	now := time.Now()
 	var shown []statusShown
 	for _, c := range all {
-		s := c.status()
+		s := c.status(now)
 		e.askArchiver(ctx, cfg, &s)
 		if noTemporal == nil {
 			s.Schedules, s.Running = []runsShown{}, []runShown{}
@@ -102,7 +111,7 @@ func (e *env) status(ctx context.Context, only string, asJSON bool) error {
 		if i > 0 {
 			fmt.Fprintln(e.out)
 		}
-		if err := s.print(e, time.Now()); err != nil {
+		if err := s.print(e, now); err != nil {
 			return err
 		}
 	}
@@ -149,10 +158,13 @@ func (e *env) askArchiver(ctx context.Context, cfg *config.Config, s *statusShow
 }
 
 // status is what the repository says.
-func (c examined) status() statusShown {
-	s := statusShown{Cluster: c.Cluster, Backups: []newestShown{}, Findings: append([]health.Finding{}, c.found...)}
-	for _, kind := range []repo.Kind{repo.Physical, repo.Logical} {
-		b, ok := c.Newest(kind)
+func (c examined) status(now time.Time) statusShown {
+	s := statusShown{Cluster: c.Cluster, Backups: []newestShown{}, Proven: []provenShown{}, Findings: append([]health.Finding{}, c.found...)}
+	for _, kind := range kinds {
+		if p, ok := c.Proven(now, kind); ok {
+			s.Proven = append(s.Proven, provenShown{kind, p.Moment, p.ID, p.Test.FinishedAt, p.Test.Report.RTO})
+		}
+		b, ok := c.Newest(now, kind)
 		if !ok {
 			continue
 		}
@@ -167,9 +179,6 @@ func (c examined) status() statusShown {
 	if m, ok := c.Recoverable(); ok {
 		s.From, s.Until = jsonTime(m.From), jsonTime(m.To)
 	}
-	if t, ok := c.Proven(); ok {
-		s.Proven, s.ProvenID, s.RTO = jsonTime(t.FinishedAt), t.ID, t.Report.RTO
-	}
 	return s
 }
 
@@ -178,7 +187,7 @@ func (c examined) status() statusShown {
 //	main
 //	  physical   20261122T013000Z-4f2a9c01, 3h12m ago, 42.5 MiB stored; 14 in all
 //	  window     2026-11-08 01:52:00Z to 2026-11-22 14:06:01Z, 1m30s ago
-//	  proven     20261121T013000Z-28aa91c0, 1d2h ago, restored in 4m10s
+//	  proven     physical, 20261121T013000Z-28aa91c0, up to 1d2h ago, restored in 4m10s
 //	  archiving  nothing waits; the last file 1m30s ago
 //	  next       physical 2026-11-23 01:30:00Z, logical paused
 //	  running    PhysicalBackup for 3m12s: CopyCluster 1.2 GiB of 4.0 GiB (30 %)
@@ -194,8 +203,8 @@ func (s statusShown) print(e *env, now time.Time) error {
 	if s.Until != nil {
 		add("window", "%s to %s, %s ago", moment(*s.From), moment(*s.Until), span(now.Sub(*s.Until)))
 	}
-	if s.Proven != nil {
-		add("proven", "%s, %s ago, restored in %s", s.ProvenID, span(now.Sub(*s.Proven)), span(time.Duration(s.RTO*float64(time.Second))))
+	for _, p := range s.Proven {
+		add("proven", "%s, %s, up to %s ago, restored in %s", p.Kind, p.Backup, span(now.Sub(p.Moment)), span(time.Duration(p.RTO*float64(time.Second))))
 	}
 	add("archiving", "%s", s.archiving())
 	if s.Schedules != nil {

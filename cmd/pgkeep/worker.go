@@ -60,7 +60,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 	var physical []*backup.Physical
 	var audits []*audit.Auditor
 	var expirers []*expire.Expirer
-	promised := make(map[string]time.Duration)
+	promises := make(map[string]metrics.Promise)
 	for _, name := range slices.Sorted(maps.Keys(cfg.Clusters)) {
 		if host := cfg.Clusters[name].Expirer(); !cfg.Clusters[name].Retention.IsZero() && (host == "" || host == cfg.Host) {
 			expirers = append(expirers, expirer(cfg, string(name), func(ctx context.Context) (*repo.Repo, error) { return repo.Open(ctx, st, access) }))
@@ -78,7 +78,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 		}
 		logical, physical = append(logical, l), append(physical, p)
 		audits = append(audits, &audit.Auditor{Name: l.Name, Cluster: l.Cluster, Open: l.Open})
-		promised[l.Name] = cfg.Clusters[name].Retention.Window
+		promises[l.Name] = metrics.Promise{Window: cfg.Clusters[name].Retention.Window, Backups: expected(cfg, l.Name), Schedules: scheduled(cfg, l.Name)}
 	}
 	if len(logical)+len(expirers) == 0 {
 		return config.Errorf("no cluster of host %s in the configuration: nothing to serve", cfg.Host)
@@ -87,7 +87,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 	if err != nil {
 		return err
 	}
-	measured, stop, err := serveMetrics(ctx, string(cfg.Metrics.Listen), metrics.Options{Clusters: audits, Log: log, Promised: promised})
+	measured, stop, err := serveMetrics(ctx, string(cfg.Metrics.Listen), metrics.Options{Clusters: audits, Log: log, Promises: promises})
 	if err != nil {
 		return err
 	}

@@ -114,7 +114,7 @@ type RestoreTest struct {
 	Policy TestPolicy `yaml:"policy" default:"newest"`
 	// How long a test may take in all. 0s: as long as it needs.
 	Limit time.Duration `yaml:"limit" default:"12h"`
-	// How long a test that passed counts: a backup without one since is shown as `unproven`. 0s: for ever.
+	// How long a proof counts: a backup that passed no test since is shown as `unproven`, and of each kind of backup a moment that is no older must have come back in a test. 0s: for ever.
 	Within time.Duration `yaml:"within" default:"7d"`
 	// How many tables and indexes are checked at once.
 	Jobs int `yaml:"jobs" default:"2"`

@@ -277,6 +277,8 @@ func TestFindingsOfARealBucket(t *testing.T) {
 		}
 	})
 
+	future := p.take(now.Add(300*day), 11, 11, 0)
+	sick(t, "clock-skew", health.Critical, ask, func(fix string) { p.delete(future, fix) })
 	damaged := p.take(now, 11, 11, 3)
 	sick(t, "page-damage", health.Critical, ask, func(fix string) { p.delete(damaged, fix) })
 	stuck := p.take(now, 11, 13, 0)

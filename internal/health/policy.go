@@ -15,12 +15,35 @@ type Policy struct {
 	// Age is how old the newest backup of a kind may be. Empty: the newest of
 	// any kind, DefaultAge.
 	Age map[repo.Kind]time.Duration
-	// Proof is how long a restore test that passed counts. 0: for ever.
+	// Proof is how old the newest moment of a kind may be that a restore test
+	// has shown to come back. 0: of any age.
 	Proof time.Duration
 }
 
 // DefaultAge is for clusters without schedules.
 const DefaultAge = 8 * 24 * time.Hour
+
+// Limit is how old the newest backup of a kind may be; 0: none is expected.
+// Without schedules that is asked of the kind that was taken last, or if none is
+// sound of every kind that there is.
+func (s Stored) Limit(p Policy, kind repo.Kind, now time.Time) time.Duration {
+	if len(p.Age) > 0 {
+		return p.Age[kind]
+	}
+	if b, ok := s.Newest(now); ok && b.Kind == kind || !ok && s.Has(kind) {
+		return DefaultAge
+	}
+	return 0
+}
+
+// ProofLimit is how old the newest moment of a kind may be that a test has shown
+// to come back; 0: of any age. No proof is newer than the backup that it is of.
+func (p Policy) ProofLimit(kind repo.Kind) time.Duration {
+	if p.Proof == 0 {
+		return 0
+	}
+	return max(p.Proof, p.Age[kind])
+}
 
 // Findings are what is wrong with what the repository holds, by severity.
 func (s Stored) Findings(p Policy, now time.Time) []Finding {
@@ -36,6 +59,7 @@ func (s Stored) Findings(p Policy, now time.Time) []Finding {
 				"%s of the cluster were damaged when backup %s was taken", human.Count(b.Physical.Damaged, "page"), b.ID)
 		}
 	}
+	s.findClocks(f, now, again)
 	s.findAge(f, p, now)
 	s.findTests(f, p, now, again)
 
@@ -64,53 +88,71 @@ func (s Stored) Findings(p Policy, now time.Time) []Finding {
 // gone is how a backup that is no good stops being told of.
 func gone(b Backup) string { return "pgkeep delete --cluster " + b.Cluster + " " + string(b.ID) }
 
+// findClocks looks for what is dated in the future: what was seen last may then
+// have been long ago.
+func (s Stored) findClocks(f *findings, now time.Time, again string) {
+	for _, b := range s.Backups {
+		what, host, at := "backup "+string(b.ID), b.Host, b.FinishedAt
+		for _, t := range b.Tests {
+			if t.Err == nil && Early(t.FinishedAt, now) {
+				what, host, at = "a restore test of backup "+string(b.ID), t.Host, t.FinishedAt
+			}
+		}
+		if b.Usable() && Early(at, now) {
+			f.add("clock-skew", Critical, "set the clocks of this host and of "+host+" with chrony or systemd-timesyncd; then "+again+"; when that is proven: "+gone(b),
+				"%s is dated %s in the future: a clock is or was wrong, and it counts for nothing", what, human.Span(at.Sub(now)))
+		}
+	}
+}
+
 // findAge looks for backups that should have been taken.
 func (s Stored) findAge(f *findings, p Policy, now time.Time) {
-	if len(p.Age) == 0 {
-		p.Age = map[repo.Kind]time.Duration{"": DefaultAge}
-	}
-	for _, kind := range []repo.Kind{repo.Physical, repo.Logical, ""} {
-		limit, ok := p.Age[kind]
-		if !ok {
+	expected := false
+	for _, kind := range []repo.Kind{repo.Physical, repo.Logical} {
+		limit := s.Limit(p, kind, now)
+		if limit == 0 {
 			continue
 		}
-		kinds, name, fix := []repo.Kind{kind}, string(kind)+" backup", "pgkeep backup --kind "+string(kind)+" "+s.Cluster
-		if kind == "" {
-			kinds, name, fix = nil, "backup", "pgkeep backup "+s.Cluster
-		}
-		newest, ok := s.Newest(kinds...)
+		expected = true
+		fix := "pgkeep backup --kind " + string(kind) + " " + s.Cluster
+		newest, ok := s.Newest(now, kind)
 		switch age := now.Sub(newest.FinishedAt); {
+		case !ok && s.Has(kind):
+			f.add("backup-missing", Critical, fix, "there is no %s backup that counts: of each that there is, something is wrong", kind)
 		case !ok:
-			f.add("backup-missing", Critical, fix, "there is no %s", name)
-		case age > 2*limit:
-			f.add("backup-old", Critical, fix, "the newest %s is %s old, and should be %s at most", name, human.Span(age), human.Span(limit))
+			f.add("backup-missing", Critical, fix, "there is no %s backup", kind)
 		case age > limit:
-			f.add("backup-old", Warning, fix, "the newest %s is %s old, and should be %s at most", name, human.Span(age), human.Span(limit))
+			f.add("backup-old", severe(age > 2*limit), fix, "the newest %s backup is %s old, and should be %s at most", kind, human.Span(age), human.Span(limit))
 		}
+	}
+	if !expected {
+		f.add("backup-missing", Critical, "pgkeep backup "+s.Cluster, "there is no backup")
 	}
 }
 
 // findTests looks for what restore tests found, and for those not made.
 func (s Stored) findTests(f *findings, p Policy, now time.Time, again string) {
+	failed := map[repo.Kind]bool{}
 	for _, b := range s.Backups {
-		if t, ok := b.Tested(); ok && !t.Passed {
+		if t, ok := b.Tested(now); ok && !t.Passed {
+			failed[b.Kind] = true
 			why := t.Report.Public().Summary()
 			f.add("test-failed", Critical, "pgkeep show "+string(b.ID)+" names what is wrong; then "+again+", and pgkeep restore-test --cluster "+s.Cluster+"; when that has passed: "+gone(b), "the restore test of backup %s failed: %s", b.ID, why)
 		}
 	}
-	oldest := time.Time{}
-	for _, b := range s.Backups {
-		if b.Usable() {
-			oldest = b.FinishedAt
-			break
+	for _, kind := range []repo.Kind{repo.Physical, repo.Logical} {
+		newest, ok := s.Newest(now, kind)
+		if !ok {
+			continue // of which nothing can be shown
 		}
-	}
-	fix := "pgkeep restore-test --cluster " + s.Cluster
-	switch last, ok := s.Proven(); {
-	case oldest.IsZero():
-	case !ok:
-		f.add("never-tested", Warning, fix, "no backup was ever restored for a test")
-	case p.Proof > 0 && now.Sub(last.FinishedAt) > p.Proof:
-		f.add("unproven", Warning, fix, "the last restore test that passed was %s ago, and should be %s ago at most", human.Span(now.Sub(last.FinishedAt)), human.Span(p.Proof))
+		fix := "pgkeep restore-test --cluster " + s.Cluster + " " + string(newest.ID)
+		proven, ok := s.Proven(now, kind)
+		limit := p.ProofLimit(kind)
+		switch age := now.Sub(proven.Moment); {
+		case !ok && !failed[kind]: // else it is told
+			f.add("never-tested", Warning, fix, "no %s backup that there is was ever seen to restore", kind)
+		case ok && limit > 0 && age > limit:
+			f.add("unproven", Warning, fix, "the newest moment that a restore test of a %s backup brought back is %s ago (backup %s), and should be %s ago at most", kind, human.Span(age), proven.ID, human.Span(limit))
+		}
 	}
 }

@@ -19,8 +19,10 @@ type Schedule struct {
 	Every    time.Duration // the time between the next two starts; 0: not known
 	Last     time.Time     // zero: it never did
 	Running  bool
-	Missed   int // starts that were too old to be made up for
-	Skipped  int // starts given up because a run was still going on
+	Missed   int       // starts that were too old to be made up for, since there is the schedule
+	Skipped  int       // starts given up because a run was still going on, likewise
+	Failed   time.Time // when the newest run that is over failed or was ended; zero: it did not, or that is not known
+	Run      string    // its workflow id
 }
 
 // Work is what Temporal is to do for a cluster.
@@ -57,6 +59,10 @@ func (w Work) Findings(now time.Time) []Finding {
 				name, human.Span(now.Sub(s.Last)), human.Span(s.Every))
 		case s.Next.IsZero():
 			f.add("schedule-ended", Warning, "give it a time that comes in the configuration, then: pgkeep schedule delete "+name+"; pgkeep schedule apply", "schedule %s has no next start", name)
+		}
+		if !s.Failed.IsZero() {
+			f.add("schedule-failing", Warning, "the Temporal Web UI shows why, and so does the worker's log (journalctl -u pgkeep-worker); when that is mended: pgkeep schedule trigger "+name,
+				"the last run of schedule %s failed %s ago: workflow %s", name, human.Span(now.Sub(s.Failed)), s.Run)
 		}
 	}
 	for _, kind := range w.Wanted {

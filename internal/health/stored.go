@@ -85,37 +85,96 @@ func (b Backup) Usable() bool { return b.Err == nil && !b.Unfinished }
 
 // Tested is the newest restore test of b that came to an answer; that holds. It is
 // false if there is none: the backup is unproven.
-func (b Backup) Tested() (Test, bool) {
+func (b Backup) Tested(now time.Time) (Test, bool) {
 	for _, t := range slices.Backward(b.Tests) {
-		if t.Answered() {
+		if t.Answered() && proof.Counts(t.ListedProof, now) {
 			return t, true
 		}
 	}
 	return Test{}, false
 }
 
-// Newest is the usable backup that was finished last, of one of these kinds;
-// none means any. It is false if there is none.
-func (s Stored) Newest(kinds ...repo.Kind) (newest Backup, ok bool) {
+// Sound reports whether b counts, at a time: it is usable, none of its pages was
+// damaged, the log that it needs is there, and it is not dated in the future.
+func (s Stored) Sound(b Backup, now time.Time) bool {
+	return b.Usable() && !Early(b.FinishedAt, now) && (b.Physical == nil || b.Physical.Damaged == 0) && !s.stuck(b.ID)
+}
+
+// Early reports whether only a wrong clock can have said t.
+func Early(t, now time.Time) bool { return t.After(now.Add(proof.Ahead)) }
+
+func (s Stored) stuck(id repo.ID) bool {
+	for _, a := range s.Archives {
+		if slices.ContainsFunc(a.Stuck, func(b audit.Base) bool { return b.ID == string(id) }) {
+			return true
+		}
+	}
+	return false
+}
+
+// Newest is the sound backup that was finished last, of one of these kinds; none
+// means any. It is false if there is none.
+func (s Stored) Newest(now time.Time, kinds ...repo.Kind) (newest Backup, ok bool) {
 	for _, b := range s.Backups {
-		if b.Usable() && (len(kinds) == 0 || slices.Contains(kinds, b.Kind)) && !b.FinishedAt.Before(newest.FinishedAt) {
+		if s.Sound(b, now) && among(b.Kind, kinds) && !b.FinishedAt.Before(newest.FinishedAt) {
 			newest, ok = b, true
 		}
 	}
 	return newest, ok
 }
 
-// Proven is when a restore test last passed, and of which backup; false if none
-// did.
-func (s Stored) Proven() (last Test, ok bool) {
+func among(kind repo.Kind, kinds []repo.Kind) bool {
+	return len(kinds) == 0 || slices.Contains(kinds, kind)
+}
+
+// Has reports whether there are usable backups of a kind, sound or not.
+func (s Stored) Has(kind repo.Kind) bool {
+	return slices.ContainsFunc(s.Backups, func(b Backup) bool { return b.Usable() && b.Kind == kind })
+}
+
+// Proven is what a restore test has shown.
+type Proven struct {
+	Backup
+	Test Test // its newest
+	// Moment is the newest that came back: when the backup was finished, or the
+	// last commit that was replayed behind it. Everything newer is hope.
+	Moment time.Time
+}
+
+// Proven is the newest moment that came back in a restore test of a backup of one
+// of these kinds, which is sound and passed its newest test; none means any. It is
+// false if there is none.
+func (s Stored) Proven(now time.Time, kinds ...repo.Kind) (newest Proven, ok bool) {
 	for _, b := range s.Backups {
+		t, tested := b.Tested(now)
+		if !tested || !t.Passed || !s.Sound(b, now) || !among(b.Kind, kinds) {
+			continue
+		}
+		p := Proven{b, t, b.FinishedAt}
+		if at := t.Report.Reached.LastCommit; at.After(p.Moment) && !at.After(t.FinishedAt) { // else a clock is wrong
+			p.Moment = at
+		}
+		if !p.Moment.Before(newest.Moment) {
+			newest, ok = p, true
+		}
+	}
+	return newest, ok
+}
+
+// Ahead is how far the latest backup or restore test is dated in the future; 0:
+// none is.
+func (s Stored) Ahead(now time.Time) (most time.Duration) {
+	for _, b := range s.Backups {
+		if b.Usable() {
+			most = max(most, b.FinishedAt.Sub(now))
+		}
 		for _, t := range b.Tests {
-			if t.Err == nil && t.Passed && t.FinishedAt.After(last.FinishedAt) {
-				last, ok = t, true
+			if t.Err == nil {
+				most = max(most, t.FinishedAt.Sub(now))
 			}
 		}
 	}
-	return last, ok
+	return most
 }
 
 // Moments are those from From to To, both by clocks of the cluster's side: From

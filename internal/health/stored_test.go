@@ -51,27 +51,42 @@ func TestFindingsOfBackups(t *testing.T) {
 	full.Report.Checks[0].Kind = fail.NoSpace
 	unbelieved := tested(time.Minute, true)
 	unbelieved.Err = fail.Untrusted
+	replayed := tested(time.Hour, true)
+	replayed.Report.Reached.LastCommit = now.Add(-2 * time.Hour)
+	both := health.Policy{Age: map[repo.Kind]time.Duration{repo.Physical: 36 * time.Hour, repo.Logical: 36 * time.Hour}, Proof: 7 * day}
+	weekly := health.Policy{Age: map[repo.Kind]time.Duration{repo.Physical: 11 * day}, Proof: 7 * day}
+	physical, logical := backup(repo.Physical, time.Hour, tested(time.Minute, true)), backup(repo.Logical, time.Hour, tested(time.Minute, true))
 	for what, c := range map[string]struct {
 		backups []health.Backup
 		policy  health.Policy
 		want    string
 	}{
-		"nothing":                   {nil, health.Policy{}, "critical backup-missing"},
-		"one that is not finished":  {[]health.Backup{unfinished}, daily, "critical backup-missing"},
-		"one that was never tested": {[]health.Backup{backup(repo.Physical, time.Hour)}, daily, "warning never-tested"},
-		"a test nobody believes":    {[]health.Backup{backup(repo.Physical, time.Hour, unbelieved)}, daily, "warning never-tested"},
-		"all that is wanted":        {[]health.Backup{backup(repo.Physical, 35*time.Hour, tested(time.Hour, true))}, daily, ""},
-		"one of another kind":       {[]health.Backup{backup(repo.Logical, time.Hour, tested(time.Hour, true))}, daily, "critical backup-missing"},
-		"one that is late":          {[]health.Backup{backup(repo.Physical, 37*time.Hour, tested(time.Hour, true))}, daily, "warning backup-old"},
-		"one that is very late":     {[]health.Backup{backup(repo.Physical, 73*time.Hour, tested(time.Hour, true))}, daily, "critical backup-old"},
-		"nobody said how often":     {[]health.Backup{backup(repo.Logical, 9*day, tested(time.Hour, true))}, health.Policy{}, "warning backup-old"},
-		"a test without an answer":  {[]health.Backup{backup(repo.Physical, day, tested(2*time.Hour, true), full)}, daily, ""},
-		"a test long ago":           {[]health.Backup{backup(repo.Physical, time.Hour, tested(99*day, true))}, daily, ""},
-		"a test too long ago":       {[]health.Backup{backup(repo.Physical, time.Hour, tested(8*day, true))}, health.Policy{Proof: 7 * day}, "warning unproven"},
-		"a test that failed":        {[]health.Backup{backup(repo.Physical, day, tested(2*time.Hour, true), tested(time.Hour, false))}, daily, "critical test-failed"},
-		"failed, and then passed":   {[]health.Backup{backup(repo.Physical, day, tested(2*time.Hour, false), tested(time.Hour, true))}, daily, ""},
-		"a damaged manifest":        {[]health.Backup{broken, backup(repo.Physical, time.Hour, tested(time.Hour, true))}, daily, "critical backup-damaged"},
-		"damaged pages":             {[]health.Backup{pages}, daily, "critical page-damage"},
+		"nothing":                    {nil, health.Policy{}, "critical backup-missing"},
+		"one that is not finished":   {[]health.Backup{unfinished}, daily, "critical backup-missing"},
+		"of each kind":               {[]health.Backup{physical, logical}, both, ""},
+		"a clock was a minute ahead": {[]health.Backup{backup(repo.Physical, -time.Minute, tested(-2*time.Minute, true)), logical}, both, ""},
+		"a clock was ahead, and then nothing came": {[]health.Backup{backup(repo.Physical, 100*day), backup(repo.Physical, -200*day, tested(-200*day, true)), logical}, both,
+			"critical clock-skew, critical backup-old, warning never-tested"},
+		"a test that a clock ahead says was tomorrow": {[]health.Backup{backup(repo.Physical, time.Hour, tested(time.Minute, false), tested(-day, true)), logical}, both, "critical clock-skew, critical test-failed"},
+		"one kind was never tested":                   {[]health.Backup{backup(repo.Physical, time.Hour), logical}, both, "warning never-tested"},
+		"a test of what is old":                       {[]health.Backup{backup(repo.Physical, 90*day, tested(day, true)), backup(repo.Physical, time.Hour), logical}, both, "warning unproven"},
+		"a test that replayed the log of days":        {[]health.Backup{backup(repo.Physical, 10*day, replayed)}, health.Policy{Age: map[repo.Kind]time.Duration{repo.Physical: 11 * day}, Proof: day}, ""},
+		"a test cannot be of what is not there yet":   {[]health.Backup{backup(repo.Physical, 8*day, tested(7*day, true))}, weekly, ""},
+		"one that was never tested":                   {[]health.Backup{backup(repo.Physical, time.Hour)}, daily, "warning never-tested"},
+		"a test nobody believes":                      {[]health.Backup{backup(repo.Physical, time.Hour, unbelieved)}, daily, "warning never-tested"},
+		"all that is wanted":                          {[]health.Backup{backup(repo.Physical, 35*time.Hour, tested(time.Hour, true))}, daily, ""},
+		"one of another kind":                         {[]health.Backup{backup(repo.Logical, time.Hour, tested(time.Hour, true))}, daily, "critical backup-missing"},
+		"one that is late":                            {[]health.Backup{backup(repo.Physical, 37*time.Hour, tested(time.Hour, true))}, daily, "warning backup-old"},
+		"one that is very late":                       {[]health.Backup{backup(repo.Physical, 73*time.Hour, tested(time.Hour, true))}, daily, "critical backup-old"},
+		"nobody said how often":                       {[]health.Backup{backup(repo.Logical, 9*day, tested(time.Hour, true))}, health.Policy{}, "warning backup-old"},
+		"a test without an answer":                    {[]health.Backup{backup(repo.Physical, day, tested(2*time.Hour, true), full)}, daily, ""},
+		"a test long ago":                             {[]health.Backup{backup(repo.Physical, 99*day, tested(98*day, true)), backup(repo.Physical, time.Hour)}, daily, ""},
+		"a test too long ago":                         {[]health.Backup{backup(repo.Physical, 8*day, tested(8*day, true)), backup(repo.Physical, time.Hour)}, health.Policy{Proof: 7 * day}, "warning unproven"},
+		"a test that failed":                          {[]health.Backup{backup(repo.Physical, day, tested(2*time.Hour, true), tested(time.Hour, false))}, daily, "critical test-failed"},
+		"failed, and then passed":                     {[]health.Backup{backup(repo.Physical, day, tested(2*time.Hour, false), tested(time.Hour, true))}, daily, ""},
+		"a damaged manifest":                          {[]health.Backup{broken, backup(repo.Physical, time.Hour, tested(time.Hour, true))}, daily, "critical backup-damaged"},
+		"damaged pages":                               {[]health.Backup{pages}, daily, "critical page-damage, critical backup-missing"},
+		"damaged pages since":                         {[]health.Backup{backup(repo.Physical, 60*time.Hour, tested(time.Hour, true)), pages}, daily, "critical page-damage, warning backup-old"},
 	} {
 		found := health.Stored{Cluster: "main", Backups: c.backups}.Findings(c.policy, now)
 		var got []string
@@ -123,6 +138,19 @@ func TestHolesAreFoundAndGoWhenFilled(t *testing.T) {
 	}
 }
 
+// A backup that the log does not lead away from is none that could be gone back to.
+func TestAStuckBackupIsNotTheNewest(t *testing.T) {
+	older, stuck := backup(repo.Physical, 3*day, tested(day, true)), backup(repo.Physical, time.Hour)
+	s := health.Stored{Cluster: "main", Backups: []health.Backup{older, stuck}, Archives: []audit.Report{{Stuck: []audit.Base{{ID: string(stuck.ID)}}}}}
+	if b, ok := s.Newest(now, repo.Physical); !ok || b.ID != older.ID {
+		t.Errorf("the newest is %s", b.ID)
+	}
+	found := s.Findings(health.Policy{Age: map[repo.Kind]time.Duration{repo.Physical: 36 * time.Hour}}, now)
+	if got := strings.Join(names(found), ", "); got != "backup-stuck, backup-old" {
+		t.Errorf("found %s", got)
+	}
+}
+
 // The moments of windows that overlap are one; what no window has is a gap.
 func TestWindowIsTheSumOfWindows(t *testing.T) {
 	b := []health.Backup{backup(repo.Physical, 5*day), backup(repo.Physical, 4*day), backup(repo.Physical, 2*day)}
@@ -141,7 +169,8 @@ func TestWindowIsTheSumOfWindows(t *testing.T) {
 
 func TestScheduleFindings(t *testing.T) {
 	good := health.Schedule{Kind: "physical", Next: now.Add(time.Hour), Every: day, Last: now.Add(-time.Hour)}
-	paused, running, ended := good, good, good
+	paused, running, ended, failed := good, good, good, good
+	failed.Failed, failed.Run = now.Add(-time.Hour), "pgkeep/main/physical/scheduled-1"
 	paused.Paused, paused.Next, paused.Note = true, time.Time{}, "storage moves"
 	running.Running = true
 	ended.Next = time.Time{}
@@ -159,6 +188,7 @@ func TestScheduleFindings(t *testing.T) {
 		"paused":                         {[]health.Schedule{paused}, []string{"physical"}, true, now, "schedule-paused"},
 		"running":                        {[]health.Schedule{running}, nil, true, now, ""},
 		"running into the next start":    {[]health.Schedule{running}, nil, true, now.Add(day), "schedule-skipping"},
+		"the last run failed":            {[]health.Schedule{failed}, nil, true, now, "schedule-failing"},
 		"one that never starts anything": {[]health.Schedule{ended}, nil, true, now, "schedule-ended"},
 	} {
 		found := health.Work{Cluster: "main", Have: c.have, Wanted: c.wanted, Host: "db1", Served: c.served}.Findings(c.at)

@@ -34,9 +34,9 @@ type Options struct {
 	Clusters []*audit.Auditor // of this host
 	Log      *slog.Logger
 
-	Promised map[string]time.Duration // how long a window of moments the retention of a cluster promises, by name
-	Rarely   time.Duration            // how often all that is stored is listed; 0: 10 minutes
-	Often    time.Duration            // how often the server, its newest segment and Temporal are asked; 0: 30 s
+	Promises map[string]Promise // what the configuration says of each cluster, by name
+	Rarely   time.Duration      // how often all that is stored is listed; 0: 10 minutes
+	Often    time.Duration      // how often the server, its newest segment and Temporal are asked; 0: 30 s
 }
 
 // Metrics watches clusters and serves what it sees. Use New.
@@ -61,7 +61,7 @@ func New(opt Options) (*Metrics, error) {
 	m := &Metrics{opt: opt, registry: prometheus.NewRegistry()}
 	for _, a := range opt.Clusters {
 		m.watches = append(m.watches, &watch{auditor: a, failing: make(map[Source]bool),
-			state: State{Promised: opt.Promised[a.Name], Seen: make(map[Source]time.Time), Good: make(map[Source]bool)}})
+			state: State{Promise: opt.Promises[a.Name], Seen: make(map[Source]time.Time), Good: make(map[Source]bool)}})
 	}
 	m.temporal = &temporalHandler{series: &seriesSet{all: make(map[string]*series)}}
 	for _, c := range []prometheus.Collector{collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), clusters{m}, m.temporal.series} {
@@ -261,17 +261,21 @@ func (m *Metrics) lookSchedules(ctx context.Context, w *watch) {
 		if err != nil {
 			return nil, err
 		}
-		found := make(map[string]schedule.Existing)
+		found, ended := make(map[string]schedule.Existing), make(map[string]schedule.Ended)
 		for _, kind := range scheduled() {
 			e, ok, err := schedule.Describe(ctx, c, workflows.BackupWorkflowID(w.auditor.Name, kind))
 			if err != nil {
 				return nil, err
 			}
-			if ok {
-				found[kind] = e
+			if !ok {
+				continue
+			}
+			found[kind] = e
+			if ended[kind], err = schedule.LastEnded(ctx, c, e); err != nil {
+				return nil, err
 			}
 		}
-		return func(s *State) { s.Schedules = found }, nil
+		return func(s *State) { s.Schedules, s.Ended = found, ended }, nil
 	})
 }
 
@@ -288,10 +292,6 @@ func (c clusters) Collect(to chan<- prometheus.Metric) {
 	for _, w := range c.m.watches {
 		s := w.seen()
 		for _, metric := range catalogue {
-			kind := prometheus.GaugeValue
-			if metric.Counter {
-				kind = prometheus.CounterValue
-			}
 			labels, values := []string{"cluster"}, metric.Values
 			if metric.Label == "" {
 				values = []string{""}
@@ -300,7 +300,7 @@ func (c clusters) Collect(to chan<- prometheus.Metric) {
 			}
 			desc := prometheus.NewDesc(metric.Name, metric.Help, labels, nil)
 			for _, of := range values {
-				one, err := prometheus.NewConstMetric(desc, kind, metric.value(&s, of, now), []string{w.auditor.Name, of}[:len(labels)]...)
+				one, err := prometheus.NewConstMetric(desc, prometheus.GaugeValue, metric.value(&s, of, now), []string{w.auditor.Name, of}[:len(labels)]...)
 				send(to, desc, one, err)
 			}
 		}

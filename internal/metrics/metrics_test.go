@@ -138,7 +138,7 @@ func TestEverySeriesIsThereFromTheStart(t *testing.T) {
 				case strings.HasSuffix(m.Name, "_ready_age_seconds"):
 				case strings.HasSuffix(m.Name, "_age_seconds"):
 					want = math.Inf(1)
-				case strings.HasSuffix(m.Name, "_timestamp_seconds"), m.Counter, m.Name == "pgkeep_window_promised_seconds", m.Name == "pgkeep_look_success":
+				case strings.HasSuffix(m.Name, "_timestamp_seconds"), strings.HasSuffix(m.Name, "_limit_seconds"), m.Name == "pgkeep_schedule_wanted", m.Name == "pgkeep_window_promised_seconds", m.Name == "pgkeep_look_success":
 					want = 0
 				}
 				if v, ok := got[s]; !ok || v != want {
@@ -184,17 +184,24 @@ func TestWhatIsKnown(t *testing.T) {
 	damaged.Err = fail.Corrupt
 	unfinished := backup("u", "", time.Time{})
 	unfinished.Unfinished = true
+	pages := backup("p4", repo.Physical, ago(95*time.Minute), test(ago(92*time.Minute), true, 1, nil))
+	pages.Physical.Damaged = 2
+	tomorrow := backup("l1", repo.Logical, ago(-24*time.Hour))
+	replayed := test(ago(95*time.Minute), true, 1, nil)
+	replayed.Report.Reached.LastCommit = ago(100 * time.Minute)
 	archive := repo.Archive{Cluster: "main", System: 7, Major: 15}
 	s := metrics.State{
-		Seen:     map[metrics.Source]time.Time{metrics.Repository: ago(5 * time.Minute), metrics.Server: ago(time.Second), metrics.Schedules: ago(time.Hour)},
-		Good:     map[metrics.Source]bool{metrics.Server: true, metrics.Schedules: true},
-		Promised: 14 * 24 * time.Hour,
+		Seen: map[metrics.Source]time.Time{metrics.Repository: ago(5 * time.Minute), metrics.Server: ago(time.Second), metrics.Schedules: ago(time.Hour)},
+		Good: map[metrics.Source]bool{metrics.Server: true, metrics.Schedules: true},
+		Promise: metrics.Promise{Window: 14 * 24 * time.Hour, Schedules: []string{"physical", "expire"},
+			Backups: health.Policy{Age: map[repo.Kind]time.Duration{repo.Physical: 36 * time.Hour}, Proof: 24 * time.Hour}},
 		Stored: health.Stored{Cluster: "main",
 			Backups: []health.Backup{
 				backup("p1", repo.Physical, ago(50*time.Hour), test(ago(49*time.Hour), true, 300, &proof.Lag{Bytes: 4096, Seconds: 2})),
-				backup("p2", repo.Physical, ago(30*time.Hour), test(ago(29*time.Hour), true, 400, nil), test(ago(20*time.Hour), false, 500, nil)),
+				backup("p2", repo.Physical, ago(30*time.Hour), test(ago(29*time.Hour), true, 400, nil), test(ago(90*time.Minute), false, 500, nil)),
 				damaged, unfinished,
-				backup("p3", repo.Physical, ago(2*time.Hour)),
+				backup("p3", repo.Physical, ago(2*time.Hour), replayed),
+				pages, tomorrow,
 			},
 			Archives: []audit.Report{{
 				Holes:   []audit.Hole{{Count: 3}, {Count: 1}},
@@ -207,6 +214,7 @@ func TestWhatIsKnown(t *testing.T) {
 		Archiver: cluster.Archiver{System: 7, Major: 15, LSN: 0x3000500, Now: now, Archiving: true, Waiting: 2, Oldest: now.Add(-90 * time.Second)},
 		Schedules: map[string]schedule.Existing{"physical": {Paused: true, Missed: 2, Skipped: 3, Last: ago(2 * time.Hour), Running: make([]schedule.Run, 1)},
 			"wal-audit": {Every: time.Hour, Next: now.Truncate(time.Millisecond)}},
+		Ended: map[string]schedule.Ended{"physical": {At: ago(3 * time.Hour)}, "wal-audit": {At: ago(time.Hour), Done: true}},
 	}
 	m := start(t, "main")
 	m.Set("main", s)
@@ -220,7 +228,7 @@ func TestWhatIsKnown(t *testing.T) {
 		"pgkeep_backup_age_seconds" + physical:                                    2 * 3600,
 		"pgkeep_backup_last_success_timestamp_seconds" + logical:                  0,
 		"pgkeep_backup_age_seconds" + logical:                                     math.Inf(1),
-		"pgkeep_backups" + physical:                                               3,
+		"pgkeep_backups" + physical:                                               2,
 		"pgkeep_backups" + logical:                                                0,
 		"pgkeep_backups_damaged" + main:                                           1,
 		"pgkeep_backups_unusable" + main:                                          1,
@@ -228,10 +236,10 @@ func TestWhatIsKnown(t *testing.T) {
 		"pgkeep_stored_bytes" + logical:                                           0,
 		`pgkeep_stored_bytes{cluster="main",kind="wal"}`:                          42,
 		`pgkeep_stored_bytes{cluster="main",kind="other"}`:                        5007,
-		"pgkeep_proven_timestamp_seconds" + physical:                              seconds(ago(50 * time.Hour)),
-		"pgkeep_proven_age_seconds" + physical:                                    50 * 3600,
-		"pgkeep_restore_test_timestamp_seconds" + physical:                        seconds(ago(20 * time.Hour)),
-		"pgkeep_restore_test_age_seconds" + physical:                              20 * 3600,
+		"pgkeep_proven_timestamp_seconds" + physical:                              seconds(ago(100 * time.Minute)),
+		"pgkeep_proven_age_seconds" + physical:                                    100 * 60,
+		"pgkeep_restore_test_timestamp_seconds" + physical:                        seconds(ago(90 * time.Minute)),
+		"pgkeep_restore_test_age_seconds" + physical:                              90 * 60,
 		"pgkeep_restore_test_passed" + physical:                                   0,
 		"pgkeep_restore_test_passed" + logical:                                    -1,
 		"pgkeep_restore_test_rto_seconds" + physical:                              500,
@@ -260,8 +268,20 @@ func TestWhatIsKnown(t *testing.T) {
 		"pgkeep_schedule_next_timestamp_seconds" + physical:                       0,
 		`pgkeep_schedule_next_timestamp_seconds{cluster="main",kind="wal-audit"}`: seconds(now.Truncate(time.Millisecond)),
 		"pgkeep_schedule_last_timestamp_seconds" + physical:                       seconds(ago(2 * time.Hour)),
-		"pgkeep_schedule_missed_total" + physical:                                 2,
-		"pgkeep_schedule_skipped_total" + physical:                                3,
+		"pgkeep_schedule_missed" + physical:                                       2,
+		"pgkeep_schedule_skipped" + physical:                                      3,
+		"pgkeep_backup_age_limit_seconds" + physical:                              36 * 3600,
+		"pgkeep_backup_age_limit_seconds" + logical:                               0,
+		"pgkeep_proven_age_limit_seconds" + physical:                              36 * 3600,
+		"pgkeep_proven_age_limit_seconds" + logical:                               24 * 3600,
+		"pgkeep_backups_page_damage" + main:                                       1,
+		"pgkeep_dated_ahead_seconds" + main:                                       24*3600 - 30,
+		"pgkeep_schedule_wanted" + physical:                                       1,
+		"pgkeep_schedule_wanted" + logical:                                        0,
+		"pgkeep_schedule_last_run_passed" + physical:                              0,
+		"pgkeep_schedule_last_run_passed" + logical:                               -1,
+		`pgkeep_schedule_last_run_passed{cluster="main",kind="wal-audit"}`:        1,
+		"pgkeep_schedule_last_run_timestamp_seconds" + physical:                   seconds(ago(3 * time.Hour)),
 		`pgkeep_look_success{cluster="main",source="repository"}`:                 0,
 		`pgkeep_look_success{cluster="main",source="server"}`:                     1,
 		`pgkeep_look_age_seconds{cluster="main",source="repository"}`:             300,
@@ -275,14 +295,16 @@ func TestWhatIsKnown(t *testing.T) {
 	m.Set("main", s)
 	got = scrape(t, m)
 	for series, want := range map[string]float64{
-		"pgkeep_backups" + physical:          3, // as it was seen
-		"pgkeep_wal_holes" + main:            2,
-		"pgkeep_wal_ready_files" + main:      -1,
-		"pgkeep_wal_lag_bytes" + main:        -1,
-		"pgkeep_wal_lag_seconds" + main:      -1,
-		"pgkeep_wal_archiving" + main:        -1,
-		"pgkeep_schedule_present" + physical: -1,
-		"pgkeep_schedule_paused" + physical:  -1,
+		"pgkeep_backups" + physical:                  2, // as it was seen
+		"pgkeep_wal_holes" + main:                    2,
+		"pgkeep_wal_ready_files" + main:              -1,
+		"pgkeep_wal_lag_bytes" + main:                -1,
+		"pgkeep_wal_lag_seconds" + main:              -1,
+		"pgkeep_wal_archiving" + main:                -1,
+		"pgkeep_schedule_present" + physical:         -1,
+		"pgkeep_schedule_paused" + physical:          -1,
+		"pgkeep_schedule_missed" + physical:          -1,
+		"pgkeep_schedule_last_run_passed" + physical: -1,
 	} {
 		if v := got[series]; v != want {
 			t.Errorf("when nobody answers: %s = %v, want %v", series, v, want)
@@ -361,7 +383,7 @@ func TestNamesAreGoodNames(t *testing.T) {
 	var names []string
 	for _, m := range metrics.Catalogue() {
 		names = append(names, m.Name)
-		if m.Help == "" || !strings.HasSuffix(m.Help, ".") || !strings.HasPrefix(m.Name, "pgkeep_") || m.Counter != strings.HasSuffix(m.Name, "_total") || (m.Label == "") != (len(m.Values) == 0) {
+		if m.Help == "" || !strings.HasSuffix(m.Help, ".") || !strings.HasPrefix(m.Name, "pgkeep_") || strings.HasSuffix(m.Name, "_total") || (m.Label == "") != (len(m.Values) == 0) {
 			b, _ := json.Marshal(m)
 			t.Errorf("%s", b)
 		}

@@ -25,12 +25,21 @@ type State struct {
 	Seen map[Source]time.Time // when a look succeeded last
 	Good map[Source]bool      // the newest look did
 
-	Promised  time.Duration // of the window of moments, by retention; 0: nothing is
+	Promise   Promise
 	Stored    health.Stored
 	Usage     repo.Usage
 	Newest    Segment                      // of the archive that is written to
 	Archiver  cluster.Archiver             // counts only while the newest look at the server was good
 	Schedules map[string]schedule.Existing // by kind; likewise
+	Ended     map[string]schedule.Ended    // the last runs of these that are over; likewise
+}
+
+// A Promise is what the configuration says of a cluster. The zero Promise
+// promises nothing.
+type Promise struct {
+	Window    time.Duration // of moments that can be recovered; 0: none
+	Backups   health.Policy
+	Schedules []string // kinds of those that Temporal is to have
 }
 
 // A Segment is the newest in an archive.
@@ -52,13 +61,13 @@ const (
 func (s *State) knows(src Source) bool { return !s.Seen[src].IsZero() }
 
 // newest is the backup of a kind that was finished last.
-func (s *State) newest(kind string) time.Time {
-	b, _ := s.Stored.Newest(repo.Kind(kind))
+func (s *State) newest(kind string, now time.Time) time.Time {
+	b, _ := s.Stored.Newest(now, repo.Kind(kind))
 	return b.FinishedAt
 }
 
 // oldest is the first backup of a kind that can be believed.
-func (s *State) oldest(kind string) time.Time {
+func (s *State) oldest(kind string, _ time.Time) time.Time {
 	for _, b := range s.Stored.Backups {
 		if b.Usable() && string(b.Kind) == kind {
 			return b.FinishedAt
@@ -67,25 +76,31 @@ func (s *State) oldest(kind string) time.Time {
 	return time.Time{}
 }
 
-// proven is when the newest backup of a kind was finished that passed its last
-// restore test.
-func (s *State) proven(kind string) (newest time.Time) {
-	for _, b := range s.Stored.Backups {
-		if t, ok := b.Tested(); ok && t.Passed && b.Usable() && string(b.Kind) == kind && b.FinishedAt.After(newest) {
-			newest = b.FinishedAt
-		}
-	}
-	return newest
+// proven is the newest moment that came back in a restore test of a kind.
+func (s *State) proven(kind string, now time.Time) time.Time {
+	p, _ := s.Stored.Proven(now, repo.Kind(kind))
+	return p.Moment
 }
 
 // tested is the restore test of a backup of a kind that was made last.
-func (s *State) tested(kind string) (last health.Test, ok bool) {
+func (s *State) tested(kind string, now time.Time) (last health.Test, ok bool) {
 	for _, b := range s.Stored.Backups {
-		if t, found := b.Tested(); found && string(b.Kind) == kind && t.FinishedAt.After(last.FinishedAt) {
+		if t, found := b.Tested(now); found && string(b.Kind) == kind && t.FinishedAt.After(last.FinishedAt) {
 			last, ok = t, true
 		}
 	}
 	return last, ok
+}
+
+// counted is how many backups there are of which something is so.
+func (s *State) counted(is func(b health.Backup) bool) float64 {
+	n := 0
+	for _, b := range s.Stored.Backups {
+		if is(b) {
+			n++
+		}
+	}
+	return float64(n)
 }
 
 // window is the newest run of moments that can be reached.
@@ -136,4 +151,12 @@ func (s *State) behind() int64 {
 func (s *State) schedule(kind string) (schedule.Existing, bool) {
 	e, ok := s.Schedules[kind]
 	return e, ok && s.Good[Schedules]
+}
+
+// ended is the newest run of the schedule of a kind that is over, if that is known.
+func (s *State) ended(kind string) (e schedule.Ended) {
+	if s.Good[Schedules] {
+		e = s.Ended[kind]
+	}
+	return e
 }

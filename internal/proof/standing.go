@@ -30,12 +30,22 @@ type Standing struct {
 	Troubled Report
 }
 
+// Ahead is how far the clock that dated a backup or a test may be before ours.
+// What is dated later comes from a clock that is wrong, or ours is: nobody knows
+// how old it is, and it counts for nothing.
+const Ahead = 5 * time.Minute
+
+// Counts reports whether a proof can be believed, at a time.
+func Counts(p repo.ListedProof, now time.Time) bool {
+	return p.Err == nil && !p.FinishedAt.After(now.Add(Ahead))
+}
+
 // Judge reads the proofs of a backup, oldest first, as repo.Proofs lists them. One
-// that cannot be believed counts for nothing.
-func Judge(proofs []repo.ListedProof) (s Standing) {
+// that does not count says nothing.
+func Judge(proofs []repo.ListedProof, now time.Time) (s Standing) {
 	for _, p := range proofs {
 		var rep Report
-		if p.Err != nil || json.Unmarshal(p.Report, &rep) != nil {
+		if !Counts(p, now) || json.Unmarshal(p.Report, &rep) != nil {
 			continue
 		}
 		if !Answered(p.Proof, rep) {

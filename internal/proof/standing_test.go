@@ -34,21 +34,22 @@ func TestStandings(t *testing.T) {
 		want    proof.State
 		trouble bool
 	}{
-		"never tested":                      {nil, 0, week, proof.Unproven, false},
-		"passed":                            {[]repo.ListedProof{passed(1)}, 8, week, proof.Proven, false},
-		"passed too long ago":               {[]repo.ListedProof{passed(1)}, 9, week, proof.Unproven, false},
-		"passed long ago, and that will do": {[]repo.ListedProof{passed(1)}, 900, 0, proof.Proven, false},
-		"refuted":                           {[]repo.ListedProof{refuted(1)}, 1, week, proof.Refuted, false},
-		"refuted after it had passed":       {[]repo.ListedProof{passed(1), refuted(2)}, 2, week, proof.Refuted, false},
-		"refuted long ago":                  {[]repo.ListedProof{refuted(1)}, 100, week, proof.Refuted, false},
-		"passed since it was refuted":       {[]repo.ListedProof{refuted(1), passed(2)}, 2, week, proof.Proven, false},
-		"passed, and then a disk was full":  {[]repo.ListedProof{passed(1), full(2)}, 2, week, proof.Proven, true},
-		"refuted, and then a disk was full": {[]repo.ListedProof{refuted(1), full(2)}, 2, week, proof.Refuted, true},
-		"a full disk alone":                 {[]repo.ListedProof{full(1)}, 1, week, proof.Unproven, true},
-		"a full disk, and passed since":     {[]repo.ListedProof{full(1), passed(2)}, 2, week, proof.Proven, false},
-		"nobody we trust says that":         {[]repo.ListedProof{refuted(1), forged}, 5, week, proof.Refuted, false},
+		"never tested":                       {nil, 0, week, proof.Unproven, false},
+		"passed":                             {[]repo.ListedProof{passed(1)}, 8, week, proof.Proven, false},
+		"passed too long ago":                {[]repo.ListedProof{passed(1)}, 9, week, proof.Unproven, false},
+		"passed long ago, and that will do":  {[]repo.ListedProof{passed(1)}, 900, 0, proof.Proven, false},
+		"refuted":                            {[]repo.ListedProof{refuted(1)}, 1, week, proof.Refuted, false},
+		"refuted after it had passed":        {[]repo.ListedProof{passed(1), refuted(2)}, 2, week, proof.Refuted, false},
+		"refuted long ago":                   {[]repo.ListedProof{refuted(1)}, 100, week, proof.Refuted, false},
+		"passed since it was refuted":        {[]repo.ListedProof{refuted(1), passed(2)}, 2, week, proof.Proven, false},
+		"passed, and then a disk was full":   {[]repo.ListedProof{passed(1), full(2)}, 2, week, proof.Proven, true},
+		"refuted, and then a disk was full":  {[]repo.ListedProof{refuted(1), full(2)}, 2, week, proof.Refuted, true},
+		"a full disk alone":                  {[]repo.ListedProof{full(1)}, 1, week, proof.Unproven, true},
+		"a full disk, and passed since":      {[]repo.ListedProof{full(1), passed(2)}, 2, week, proof.Proven, false},
+		"passed, says a clock ahead of ours": {[]repo.ListedProof{refuted(1), passed(3)}, 2, week, proof.Refuted, false},
+		"nobody we trust says that":          {[]repo.ListedProof{refuted(1), forged}, 5, week, proof.Refuted, false},
 	} {
-		s := proof.Judge(tt.proofs)
+		s := proof.Judge(tt.proofs, at(tt.day))
 		if got := s.State(tt.within, at(tt.day)); got != tt.want || (s.Trouble.Test != "") != tt.trouble {
 			t.Errorf("%s: %s, trouble %q, want %s", name, got, s.Trouble.Test, tt.want)
 		}

@@ -160,7 +160,7 @@ func (t *Tester) pick(ctx context.Context, r *repo.Repo, q Request, s *Subject, 
 			if err != nil {
 				return "", err
 			}
-			c.Proven = Judge(proofs).At
+			c.Proven = Judge(proofs, time.Now()).At
 		}
 		if policy == RandomMoment && b.Physical != nil {
 			if at, err := t.reach(ctx, r, b.Ref, restore.Target{Kind: restore.Latest}); err == nil && at.Last != nil {

@@ -269,7 +269,7 @@ func draw(title string, points []point, show func(float64) string) (p plot, ok b
 // fast the log grows.
 func (c Cluster) plots() (all []plot) {
 	var rto, rpo, sizes []point
-	_, both := c.Newest(repo.Physical)
+	both := c.Has(repo.Physical)
 	for _, b := range c.Backups {
 		for _, t := range b.Tests {
 			at, r := t.Test.Time(), t.Report

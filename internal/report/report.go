@@ -105,16 +105,22 @@ func (c Cluster) section(i int, now time.Time) section {
 			s.State = string(f.Severity)
 		}
 	}
-	if b, ok := c.Newest(); ok {
+	if b, ok := c.Newest(now); ok {
 		s.Newest = ago(b.FinishedAt, now)
 		s.About = fmt.Sprintf("PostgreSQL %v, system %v", b.Version, b.System)
 	}
 	if at, ok := c.Until(); ok {
 		s.Until = fmt.Sprintf("%s (%s)", human.Moment(at), ago(at, now))
 	}
-	if t, ok := c.Proven(); ok {
-		s.Proven = ago(t.FinishedAt, now)
+	var proven []string
+	for _, kind := range kinds {
+		if p, ok := c.Proven(now, kind); ok {
+			proven = append(proven, string(kind)+" "+ago(p.Moment, now))
+		} else if c.Has(kind) {
+			proven = append(proven, string(kind)+" never")
+		}
 	}
+	s.Proven = strings.Join(proven, ", ")
 	for _, b := range slices.Backward(c.Backups) {
 		s.Backups = append(s.Backups, backupOf(b, now))
 		for _, t := range b.Tests {
@@ -170,7 +176,7 @@ func backupOf(b health.Backup, now time.Time) backupRow {
 	if b.Physical != nil && b.Physical.Damaged > 0 {
 		row.Verified, row.Bad = human.Count(b.Physical.Damaged, "damaged page"), true
 	}
-	if t, ok := b.Tested(); ok && t.Passed {
+	if t, ok := b.Tested(now); ok && t.Passed {
 		row.Proof = "proven " + ago(t.FinishedAt, now)
 	} else if ok {
 		row.Proof, row.Bad = "failed "+ago(t.FinishedAt, now), true
@@ -208,6 +214,8 @@ func scheduleOf(s health.Schedule) scheduleRow {
 		row.State = strings.TrimSuffix("paused: "+s.Note, ": ")
 	case s.Running:
 		row.State = "running"
+	case !s.Failed.IsZero():
+		row.State = "failed " + minute(s.Failed)
 	}
 	row.Lost = fmt.Sprintf("%d missed, %d skipped", s.Missed, s.Skipped)
 	return row

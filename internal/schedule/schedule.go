@@ -59,12 +59,22 @@ type Existing struct {
 	Every   time.Duration // the longest time between any two of the next starts; 0 if there are none
 	Last    time.Time     // of the last start; zero if there was none
 	Running []Run
-	Missed  int // starts that were too old to be made up for
-	Skipped int // starts given up because a run was still going on
+	Recent  []Run // the newest that were started, oldest first
+	Missed  int   // starts that were too old to be made up for
+	Skipped int   // starts given up because a run was still going on
 }
 
 // A Run is one execution of a workflow.
 type Run struct{ WorkflowID, RunID string }
+
+// Ended is how the newest run of a schedule came out that is over. The zero Ended:
+// there is none, or the server does not remember it.
+type Ended struct {
+	Run  Run
+	At   time.Time
+	Done bool   // else it failed, or was ended
+	How  string // in the server's word: "Completed", "Failed", "TimedOut", …
+}
 
 // An Action is what is to be done about a schedule.
 type Action string

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	commonpb "go.temporal.io/api/common/v1"
+	enumspb "go.temporal.io/api/enums/v1"
 	"go.temporal.io/api/operatorservice/v1"
 	"go.temporal.io/api/serviceerror"
 	"go.temporal.io/api/workflowservice/v1"
@@ -218,11 +219,34 @@ func describe(ctx context.Context, c client.Client, id string) (Existing, error)
 	for _, r := range d.Info.RunningWorkflows {
 		e.Running = append(e.Running, Run{r.WorkflowID, r.FirstExecutionRunID})
 	}
+	for _, r := range d.Info.RecentActions {
+		if w := r.StartWorkflowResult; w != nil {
+			e.Recent = append(e.Recent, Run{w.WorkflowID, w.FirstExecutionRunID})
+		}
+	}
 	if n := len(d.Info.RecentActions); n > 0 {
 		e.Last = d.Info.RecentActions[n-1].ActualTime
 	}
 	e.plan(d.Info.NextActionTimes)
 	return e, nil
+}
+
+// LastEnded asks how the newest run of a schedule came out that is over.
+func LastEnded(ctx context.Context, c client.Client, e Existing) (Ended, error) {
+	for _, run := range slices.Backward(e.Recent) {
+		d, err := c.DescribeWorkflowExecution(ctx, run.WorkflowID, "") // each start has an id of its own
+		if _, gone := errors.AsType[*serviceerror.NotFound](err); gone {
+			return Ended{}, nil // nor those before
+		}
+		if err != nil {
+			return Ended{}, fmt.Errorf("describe workflow %s: %w", run.WorkflowID, err)
+		}
+		info := d.GetWorkflowExecutionInfo()
+		if info.GetStatus() != enumspb.WORKFLOW_EXECUTION_STATUS_RUNNING {
+			return Ended{run, info.GetCloseTime().AsTime(), info.GetStatus() == enumspb.WORKFLOW_EXECUTION_STATUS_COMPLETED, info.GetStatus().String()}, nil
+		}
+	}
+	return Ended{}, nil
 }
 
 // decode leaves to as it is where payload is not what pgkeep writes: a schedule
