@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"go.temporal.io/api/serviceerror"
 	"go.temporal.io/sdk/activity"
 	"go.temporal.io/sdk/temporal"
 
@@ -35,8 +36,18 @@ type moved func(Progress)
 // Heartbeats go out while work moves; after quiet without a call of moved they
 // cease, so that the server takes a hanging attempt for dead, and the context
 // ends, so that what it holds is free for the next.
+//
+// A server that is away has not cancelled anything. The SDK ends ctx all the same
+// when it has not come through with a heartbeat for some seconds; from then on
+// watched asks by itself, and work goes on unless it hears that nobody wants it.
 func watched(ctx context.Context, stage string, grace, quiet time.Duration, work func(context.Context, moved) error) error {
-	wctx, cancel := context.WithCancelCause(ctx)
+	free := context.WithoutCancel(ctx)
+	if deadline, ok := ctx.Deadline(); ok {
+		var stop context.CancelFunc
+		free, stop = context.WithDeadline(free, deadline)
+		defer stop()
+	}
+	wctx, cancel := context.WithCancelCause(free)
 	defer cancel(nil)
 	var last atomic.Pointer[Progress]
 	var at atomic.Int64 // of the last move, as Unix time in nanoseconds
@@ -55,15 +66,33 @@ func watched(ctx context.Context, stage string, grace, quiet time.Duration, work
 		defer tick.Stop()
 		stopping := activity.GetWorkerStopChannel(ctx)
 		var enough <-chan time.Time
+		ended, alone := ctx.Done(), false
+		asked, asking := make(chan error, 1), false
+		actx, stop := context.WithCancel(free)
+		defer stop()
 		for {
 			select {
 			case <-done:
 				return
+			case <-ended:
+				ended = nil
+				cause := context.Cause(ctx)
+				if alone = stopping != nil && ctx.Err() == context.Canceled && cause != context.Canceled && !unwanted(cause); !alone {
+					cancel(cause)
+				}
 			case <-tick.C:
-				if time.Since(time.Unix(0, at.Load())) < quiet {
-					activity.RecordHeartbeat(ctx, *last.Load())
-				} else {
+				switch {
+				case time.Since(time.Unix(0, at.Load())) >= quiet:
 					cancel(errQuiet)
+				case !alone:
+					activity.RecordHeartbeat(ctx, *last.Load())
+				case !asking:
+					asking = true
+					wg.Go(func() { asked <- ask(actx, *last.Load()) })
+				}
+			case err := <-asked:
+				if asking = false; unwanted(err) {
+					cancel(err)
 				}
 			case <-stopping:
 				stopping, enough = nil, time.After(grace)
@@ -90,7 +119,29 @@ func watched(ctx context.Context, stage string, grace, quiet time.Duration, work
 	if err != nil && errors.Is(context.Cause(wctx), errQuiet) {
 		err = fail.With(fail.Stalled, fmt.Errorf("%s: %w for %v: %w", stage, errQuiet, quiet, err))
 	}
-	return border(ctx, err)
+	return border(wctx, err)
+}
+
+// ask sends a heartbeat and returns what the server says to it.
+func ask(ctx context.Context, p Progress) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	return activity.GetClient(ctx).RecordActivityHeartbeat(ctx, activity.GetInfo(ctx).TaskToken, p)
+}
+
+// unwanted reports whether the server has said that the attempt is to end, or that
+// it knows of none.
+func unwanted(err error) bool {
+	if _, unknown := errors.AsType[*serviceerror.NotFound](err); unknown {
+		return true
+	}
+	if _, unknown := errors.AsType[*serviceerror.NamespaceNotFound](err); unknown {
+		return true
+	}
+	if _, passive := errors.AsType[*serviceerror.NamespaceNotActive](err); passive {
+		return true
+	}
+	return temporal.IsCanceledError(err) || errors.Is(err, activity.ErrActivityPaused) || errors.Is(err, activity.ErrActivityReset)
 }
 
 var (

@@ -236,6 +236,13 @@ func TestTemporalDownDuringDump(t *testing.T) {
 	r.until("pg_dump waits for a lock", r.dumping)
 	r.temporal.Kill()
 	away := time.Now()
+	r.until("the worker has not come through for a while", func() bool {
+		said, err := os.ReadFile(r.logs[0].Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return bytes.Contains(said, []byte("RecordActivityHeartbeat with error"))
+	})
 	release()
 	r.until("the dump is done", func() bool {
 		done, _ := filepath.Glob(filepath.Join(r.dir, "spool/main/*/done.json"))
