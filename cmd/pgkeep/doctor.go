@@ -246,7 +246,11 @@ func (e *env) printFindings(command string, found []health.Finding, asJSON bool)
 		if f.Cluster != "" {
 			of = f.Cluster + ": "
 		}
-		fmt.Fprintf(e.out, "%-8s  %s\n          %s%s\n          fix: %s\n", f.Severity, f.Name, of, strings.ReplaceAll(f.What, "\n", " "), f.Fix)
+		fmt.Fprintf(e.out, "%-8s  %s\n", f.Severity, f.Name)
+		for _, line := range wrap(of+f.What, e.width()-10) {
+			fmt.Fprintf(e.out, "          %s\n", line)
+		}
+		fmt.Fprintf(e.out, "          fix: %s\n", f.Fix) // whole: it is copied
 	}
 	if len(found) == 0 {
 		fmt.Fprintln(e.out, "nothing is wrong")

@@ -4,9 +4,13 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode/utf8"
+
+	"golang.org/x/term"
 
 	"github.com/pgkeep/pgkeep/internal/human"
 )
@@ -47,6 +51,40 @@ func table(w io.Writer, header string, rows [][]string) error {
 		fmt.Fprintln(t, strings.Join(row, "\t"))
 	}
 	return t.Flush()
+}
+
+// width is that of the terminal that answers go to; 0 if it is none: programs get
+// long lines whole.
+func (e *env) width() int {
+	f, ok := e.out.(*os.File)
+	if !ok {
+		return 0
+	}
+	columns, _, err := term.GetSize(int(f.Fd()))
+	if err != nil {
+		return 0
+	}
+	return columns
+}
+
+// wrap breaks text between words into lines of width runes at most, but for words
+// that are longer. With less than 20 it is left whole.
+func wrap(text string, width int) []string {
+	if width < 20 {
+		return []string{strings.ReplaceAll(text, "\n", " ")}
+	}
+	var lines []string
+	line := ""
+	for _, word := range strings.Fields(text) {
+		if line != "" && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > width {
+			lines, line = append(lines, line), ""
+		}
+		if line != "" {
+			line += " "
+		}
+		line += word
+	}
+	return append(lines, line)
 }
 
 // pairs prints names with what they stand for, in two columns.

@@ -2,9 +2,28 @@ package main
 
 import (
 	"bytes"
+	"slices"
 	"strings"
 	"testing"
 )
+
+func TestWrapBreaksBetweenWords(t *testing.T) {
+	for _, c := range []struct {
+		text  string
+		width int
+		want  []string
+	}{
+		{"the log piles up\nin pg_wal", -10, []string{"the log piles up in pg_wal"}},
+		{"the log piles up\nin pg_wal", 20, []string{"the log piles up in", "pg_wal"}},
+		{"außen größer als ≤ 20", 20, []string{"außen größer als ≤", "20"}},
+		{"0123456789012345678901234 is long", 20, []string{"0123456789012345678901234", "is long"}},
+		{"", 20, []string{""}},
+	} {
+		if got := wrap(c.text, c.width); !slices.Equal(got, c.want) {
+			t.Errorf("wrap(%q, %d) = %q, want %q", c.text, c.width, got, c.want)
+		}
+	}
+}
 
 func TestJSONBeginsWithItsSchema(t *testing.T) {
 	for _, tc := range []struct {

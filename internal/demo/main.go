@@ -119,6 +119,7 @@ temporal:
   namespace: %[8]s
   ui_url: %[9]s
 spool: %[6]s/spool
+restore_test: {directory: %[6]s/t, memory: 256MB}
 log: {level: warn}
 clusters:
   main:
