@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"slices"
@@ -247,6 +248,9 @@ func (t *Tester) Report(ctx context.Context, s Subject, finished time.Time, trou
 
 // CleanUp removes the sandbox of a test, whatever is in it.
 func (t *Tester) CleanUp(ctx context.Context, s Subject) error {
+	if _, err := os.Stat(t.Sandbox.Parent); errors.Is(err, fs.ErrNotExist) {
+		return nil // it could never be made, and is not made to be removed
+	}
 	sb, err := t.make(ctx, s)
 	if err == nil {
 		err = sb.Remove()
