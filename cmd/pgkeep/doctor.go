@@ -17,6 +17,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/health"
 	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/sandbox"
 	"github.com/pgkeep/pgkeep/workflows"
 )
 
@@ -85,8 +86,33 @@ func (e *env) doctor(ctx context.Context, only string, asJSON bool) error {
 		d := health.AskDisk("restore tests", string(cfg.RestoreTest.Directory), true)
 		d.Needs = sandboxes
 		found = append(found, d.Findings("")...)
+		if d.Err == nil {
+			found = append(found, tryIsolation(ctx, cfg)...)
+		}
 	}
 	return e.printFindings("doctor", found, asJSON)
+}
+
+// tryIsolation looks whether a restore test would be kept apart from this host.
+func tryIsolation(ctx context.Context, cfg *config.Config) []health.Finding {
+	opt := sandboxOf(cfg, nil)
+	id, _ := newRun()
+	opt.Name = string(id)
+	s, err := sandbox.Make(ctx, opt)
+	var is sandbox.Isolation
+	if err == nil {
+		defer s.Remove()
+		is, err = s.Try()
+	}
+	switch {
+	case err != nil:
+		return []health.Finding{{Name: "isolation", Severity: health.Critical, What: "no restore test can be made here: " + oneLine(err.Error()), Fix: fail.HintOf(err)}}
+	case !is.Network || !is.Processes || !is.Files:
+		return []health.Finding{{Name: "isolation", Severity: health.Warning,
+			What: "restored data is not kept apart from this host: a superuser of the source can reach whatever the server of a restore test can",
+			Fix:  "set restore_test.isolation: required, and do what pgkeep doctor says then"}}
+	}
+	return nil
 }
 
 // writes are the clusters that this host takes backups of.

@@ -18,9 +18,11 @@ import (
 
 	"github.com/pgkeep/pgkeep/activities"
 	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/sandbox"
 )
 
 func main() {
+	sandbox.Enter()
 	// Most of what it holds is buffers without pointers: to collect often costs
 	// little, and keeps the peak near to what is in use.
 	if os.Getenv("GOGC") == "" {

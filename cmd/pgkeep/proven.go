@@ -190,6 +190,9 @@ func isolationOf(r proof.Report) string {
 	if !i.Processes {
 		text += ", among all processes of the host"
 	}
+	if !i.Files {
+		text += ", NOT apart from the files of the host"
+	}
 	return text
 }
 

@@ -237,7 +237,7 @@ func testerOf(c *config.Config, st store.Store, a repo.Access, log *slog.Logger)
 			_, at, err := clusterOf(c, name)
 			return at, err == nil
 		},
-		Sandbox: sandbox.Options{Parent: string(s.Directory), BinDir: string(s.BinDir), User: s.User, Memory: int64(s.Memory), Preload: s.Preload, Log: log},
+		Sandbox: sandboxOf(c, log),
 		Assertions: func(name string) (all []proof.Assertion) {
 			for _, one := range s.Assertions {
 				if one.Cluster == "" || string(one.Cluster) == name {
@@ -246,4 +246,11 @@ func testerOf(c *config.Config, st store.Store, a repo.Access, log *slog.Logger)
 			}
 			return all
 		}}
+}
+
+// sandboxOf says where restored data is opened, without a name.
+func sandboxOf(c *config.Config, log *slog.Logger) sandbox.Options {
+	s := c.RestoreTest
+	return sandbox.Options{Parent: string(s.Directory), BinDir: string(s.BinDir), User: s.User, BestEffort: s.Isolation == config.BestEffort,
+		Memory: int64(s.Memory), Preload: s.Preload, Log: log}
 }

@@ -106,6 +106,8 @@ type RestoreTest struct {
 	BinDir Path `yaml:"bin_dir"`
 	// The user that the server in a sandbox runs as, if pgkeep is root: best one who owns nothing else, and may read this configuration and its keys. If pgkeep is not root, the server runs as pgkeep does.
 	User string `yaml:"user" default:"postgres"`
+	// What if the kernel, or the rights of pgkeep, do not allow all that keeps restored data apart from this host: `required` ends the test with an error, `best-effort` goes on. What there was stands in the report, under `isolation`. Without it, a superuser of the source could reach whatever the user that the server runs as can.
+	Isolation Isolation `yaml:"isolation" default:"required"`
 	// How much memory the server may take, as `1GB`: a quarter is shared buffers, and none of its processes may have more of its own than all of it.
 	Memory Bytes `yaml:"memory" default:"1GB"`
 	// Libraries to load into the server that are no part of PostgreSQL, because data cannot be replayed or read without them. Nothing else is preloaded.

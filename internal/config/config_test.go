@@ -96,7 +96,7 @@ func TestEveryKindOfValueIsRead(t *testing.T) {
 		Temporal: config.Temporal{Address: "temporal.example:7233", Namespace: "backups", UIURL: "https://temporal.example"},
 		Host:     "db1",
 		Spool:    "/srv/spool",
-		RestoreTest: config.RestoreTest{Directory: "/srv/tests", User: "postgres", Memory: 2 << 30, Policy: "random", Limit: 12 * time.Hour, Within: 7 * 24 * time.Hour, Jobs: 2,
+		RestoreTest: config.RestoreTest{Directory: "/srv/tests", User: "postgres", Isolation: "required", Memory: 2 << 30, Policy: "random", Limit: 12 * time.Hour, Within: 7 * 24 * time.Hour, Jobs: 2,
 			Assertions: []config.Assertion{
 				{Name: "orders", Cluster: "main", Database: "shop", Query: "SELECT count(*) FROM orders", Want: config.Rows{{"6000", `\N`}}, Timeout: time.Minute},
 				{Name: "fresh", Database: "shop", Query: "SELECT max(day) FROM orders", Timeout: time.Minute},
@@ -335,6 +335,7 @@ spool: /var/lib/pgkeep/spool # default
 restore_test:
   directory: /var/lib/pgkeep/restore-test # default
   user: postgres # default
+  isolation: required # default
   memory: 1GB # default
   policy: newest # default
   limit: 12h # default

@@ -258,6 +258,16 @@ func (p *TestPolicy) UnmarshalText(b []byte) error {
 	return oneOf(p, b, "newest", "random", "oldest-unproven", "random-moment")
 }
 
+// An Isolation says how much of it a restore test insists on.
+type Isolation string
+
+const (
+	Required   Isolation = "required"
+	BestEffort Isolation = "best-effort"
+)
+
+func (i *Isolation) UnmarshalText(b []byte) error { return oneOf(i, b, Required, BestEffort) }
+
 // Rows are the answer to a query: a line for each row, " | " between values. nil
 // is no answer, not that of no row.
 type Rows [][]string

@@ -5,11 +5,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/pgkeep/pgkeep/internal/sandbox"
 )
 
 // An Assertion is a query of the user's and what it must return.
@@ -64,6 +67,13 @@ func (in *inspection) makeReader(ctx context.Context) error {
 	} else {
 		sql += "; ALTER ROLE " + reader + " SUPERUSER" // there is no other role that reads everything
 	}
+	// The role may not set them itself, and databases of the source might.
+	set := sandbox.Honest(in.major)
+	delete(set, "role")
+	for _, name := range slices.Sorted(maps.Keys(set)) {
+		sql += "; ALTER ROLE " + reader + " SET " + name + " FROM CURRENT" // an empty list cannot be written down
+	}
+	sql += "; DELETE FROM pg_db_role_setting WHERE setrole = '" + reader + "'::regrole AND setdatabase <> 0"
 	_, err = conn.Exec(ctx, sql, pgx.QueryExecModeSimpleProtocol)
 	return err
 }
@@ -75,6 +85,7 @@ func (in *inspection) try(ctx context.Context, a Assertion) error {
 	conn, err := in.Sandbox.ConnectAs(hard, a.Database, reader, map[string]string{
 		"statement_timeout":             fmt.Sprintf("%dms", max(1, timeout.Milliseconds())),
 		"default_transaction_read_only": "on",
+		"role":                          "none",
 	})
 	if err != nil {
 		return err

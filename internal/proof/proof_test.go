@@ -20,6 +20,11 @@ import (
 	"github.com/pgkeep/pgkeep/internal/sandbox"
 )
 
+func TestMain(m *testing.M) {
+	sandbox.Enter()
+	os.Exit(m.Run())
+}
+
 func run(t *testing.T, test proof.Test) proof.Report {
 	t.Helper()
 	rep, err := test.Run(t.Context())
@@ -170,6 +175,14 @@ func TestRed(t *testing.T) {
 		"long values lost": {data(func(t *testing.T, data string) {
 			page(t, data+"/"+r.paths["toast"], 0, func(p []byte) { binary.LittleEndian.PutUint16(p[12:], 24) })
 		}), proof.CheckRead, "missing chunk number", ""},
+		"page that reads as empty": {func(t *testing.T, r *rig, s *sandbox.Sandbox, test *proof.Test) {
+			test.Skip = []string{proof.CheckManifest, proof.CheckChecksums} // as of a cluster without checksums, damaged before it was backed up
+			page(t, s.Data()+"/"+r.paths["twin_b"], 1, func(p []byte) {
+				for i := range p[:24] {
+					p[i] = 0xff
+				}
+			})
+		}, proof.CheckRead, "public.twin_b: invalid page in block 1", ""},
 		"two tables swapped": {data(func(t *testing.T, data string) {
 			a, b := data+"/"+r.paths["twin_a"], data+"/"+r.paths["twin_b"]
 			must(t, os.Rename(a, data+"/x"))

@@ -105,7 +105,13 @@ func newRig(t *testing.T) *rig {
 	r.xid = r.text(t, "postgres", "SELECT pg_current_xact_id()::text")
 	r.exec(t, "postgres", "SELECT pg_create_restore_point('half')", "INSERT INTO orders SELECT i, 'name ' || i, repeat(md5(i::text), 60) FROM generate_series(4001, 6000) i", "REFRESH MATERIALIZED VIEW names")
 	r.exec(t, "shop", "INSERT INTO items SELECT i, i FROM generate_series(2001, 2500) i")
-	end, err := pg.ParseLSN(r.text(t, "postgres", "SELECT pg_current_wal_lsn()::text"))
+	// And what it does to hide damage, or to break off whoever looks for it.
+	r.exec(t, "postgres",
+		"ALTER DATABASE postgres SET zero_damaged_pages = on", "ALTER ROLE ALL SET ignore_checksum_failure = on",
+		"ALTER DATABASE shop SET role = pg_monitor",
+		"ALTER DATABASE shop SET statement_timeout = 1", "ALTER ROLE ALL IN DATABASE shop SET default_transaction_read_only = on",
+		"ALTER DATABASE shop SET lock_timeout = 1", "ALTER DATABASE shop SET session_preload_libraries = 'evil'", "ALTER DATABASE shop SET timezone = 'Asia/Tokyo'")
+	end, err := pg.ParseLSN(r.text(t, "template1", "SELECT pg_current_wal_lsn()::text"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -106,6 +106,9 @@ func (t *Tester) Plan(ctx context.Context, q Request, name repo.ID, started time
 		return s, err
 	}
 	defer b.Release()
+	if _, err := b.Try(); err != nil { // before hours are spent
+		return s, err
+	}
 	return s, b.save()
 }
 

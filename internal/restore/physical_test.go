@@ -20,6 +20,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/open"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/restore"
+	"github.com/pgkeep/pgkeep/internal/sandbox"
 	"github.com/pgkeep/pgkeep/internal/seal"
 	"github.com/pgkeep/pgkeep/internal/store"
 )
@@ -28,6 +29,7 @@ import (
 var program string
 
 func TestMain(m *testing.M) {
+	sandbox.Enter()
 	os.Exit(func() int {
 		dir, err := os.MkdirTemp("", "pgkeep-restore-")
 		if err == nil {

@@ -2,5 +2,5 @@ package sandbox
 
 var ParseControl, ParseReplay = parseControl, parseReplay
 
-// Bare makes s do without namespaces, as where the kernel refuses them.
-func Bare(s *Sandbox) { s.bare = true }
+// Refuse makes s do without namespaces, as where the kernel refuses them.
+func Refuse(s *Sandbox) { s.refused = true }

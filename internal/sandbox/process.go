@@ -3,8 +3,10 @@ package sandbox
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -17,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/pgkeep/pgkeep/internal/fail"
 )
 
 // process is a program that runs in a sandbox.
@@ -32,60 +36,178 @@ type process struct {
 	err    error         // how it ended; not before exited is closed
 }
 
-// launch starts a program with neither rights nor environment of ours, offline
-// where that can be done. Names of programs are those of the server's.
+// launch starts a program with neither rights nor environment of ours. Offline,
+// that is on behalf of what was restored, it sees neither the network nor the
+// files of the host; where that cannot be done it is not started, but for
+// Options.BestEffort. Without a path it is only tried.
 func (s *Sandbox) launch(offline bool, prepare func() *exec.Cmd) (*process, error) {
 	badge, err := os.OpenFile(filepath.Join(s.dir, badgeName), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}
 	defer badge.Close()
-	// Each process namespace needs an IPC namespace, in which shared memory
-	// ends as its processes do.
-	ways := []uintptr{syscall.CLONE_NEWPID | syscall.CLONE_NEWIPC, 0}
-	if offline {
-		ways = []uintptr{syscall.CLONE_NEWPID | syscall.CLONE_NEWIPC | syscall.CLONE_NEWNET, syscall.CLONE_NEWNET, 0}
-	}
-	if s.bare {
-		ways = []uintptr{0}
-	}
-	for _, flags := range ways {
-		cmd := prepare()
-		limited(cmd, s.opt.Memory)
-		cmd.ExtraFiles = []*os.File{badge}
-		attr := &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGQUIT, Cloneflags: flags, Credential: s.as}
-		if flags&syscall.CLONE_NEWPID != 0 {
-			attr.Pdeathsig = syscall.SIGKILL
-		}
-		if flags != 0 && s.as == nil { // who is not root needs a user namespace for the others
-			attr.Cloneflags |= syscall.CLONE_NEWUSER
-			attr.UidMappings = []syscall.SysProcIDMap{{ContainerID: os.Getuid(), HostID: os.Getuid(), Size: 1}}
-			attr.GidMappings = []syscall.SysProcIDMap{{ContainerID: os.Getgid(), HostID: os.Getgid(), Size: 1}}
-		}
-		cmd.SysProcAttr = attr
-		p := &process{cmd: cmd, inside: flags&syscall.CLONE_NEWPID != 0}
-		err := p.start()
-		if flags != 0 && forbidden(err) {
+	for _, way := range s.ways(offline) {
+		p, err := s.start(prepare(), way, badge)
+		if _, isRefused := errors.AsType[refusal](err); isRefused && way != bare {
+			if offline && !s.opt.BestEffort {
+				return nil, fail.Hint(fmt.Errorf("restored data would not be kept apart from this host: %w: %w", err, fail.BadConfig), allowIsolation)
+			}
 			continue
 		}
 		if err != nil {
 			return nil, err
 		}
 		s.mu.Lock()
+		defer s.mu.Unlock()
 		s.processes = append(s.processes, p)
-		s.mu.Unlock()
 		s.isolation.Processes = p.inside
 		if offline {
-			s.isolation.Network = flags&syscall.CLONE_NEWNET != 0
+			s.isolation.Network, s.isolation.Files = way.flags&syscall.CLONE_NEWNET != 0, way.flags&syscall.CLONE_NEWNS != 0
 		}
 		return p, nil
 	}
 	return nil, errors.New("unreachable: the last way asks for nothing")
 }
 
+const allowIsolation = "allow the user that runs pgkeep namespaces (sysctl user.max_user_namespaces; kernel.apparmor_restrict_unprivileged_userns=0 where there is " +
+	"one; in a container, CAP_SYS_ADMIN), or run pgkeep as root, or, if you trust every superuser of the source with this host, set restore_test.isolation: best-effort"
+
+// A way to start a program: in which namespaces.
+type way struct{ flags uintptr }
+
+var bare = way{}
+
+// ways are those to try, the best first.
+func (s *Sandbox) ways(offline bool) []way {
+	// Each process namespace needs an IPC namespace, in which shared memory
+	// ends as its processes do.
+	const own = syscall.CLONE_NEWPID | syscall.CLONE_NEWIPC
+	if offline {
+		return []way{{own | syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}, {own | syscall.CLONE_NEWNET}, {syscall.CLONE_NEWNET}, bare}
+	}
+	return []way{{own}, bare}
+}
+
+// A refusal is that of the kernel to isolate a process.
+type refusal struct{ error }
+
+func (r refusal) Unwrap() error { return r.error }
+
+// start starts a program in one way. The program inherits the badge.
+func (s *Sandbox) start(cmd *exec.Cmd, w way, badge *os.File) (*process, error) {
+	if s.refused && w != bare {
+		return nil, refusal{errors.New("no namespaces for a test")}
+	}
+	e := entry{Program: cmd.Path, Dir: cmd.Dir, User: s.isolation.User, Memory: s.opt.Memory, Death: syscall.SIGQUIT}
+	if len(cmd.Args) > 1 {
+		e.Args = cmd.Args[1:]
+	}
+	attr := &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL, Cloneflags: w.flags}
+	if w.flags&syscall.CLONE_NEWPID != 0 {
+		e.Death = syscall.SIGKILL
+	}
+	if w.flags&syscall.CLONE_NEWNS != 0 {
+		if err := s.furnish(&e); err != nil {
+			return nil, err
+		}
+	}
+	if s.as != nil {
+		e.UID, e.GID = int(s.as.Uid), int(s.as.Gid)
+	} else if w != bare { // who is not root needs a user namespace for the others
+		attr.Cloneflags |= syscall.CLONE_NEWUSER
+		attr.UidMappings = []syscall.SysProcIDMap{{ContainerID: os.Getuid(), HostID: os.Getuid(), Size: 1}}
+		attr.GidMappings = []syscall.SysProcIDMap{{ContainerID: os.Getgid(), HostID: os.Getgid(), Size: 1}}
+		attr.AmbientCaps = []uintptr{unix.CAP_SYS_ADMIN} // in there, until it is the program
+	}
+	what, err := json.Marshal(e)
+	if err != nil {
+		return nil, err
+	}
+	heard, status, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer heard.Close()
+	cmd.Path, cmd.Args, cmd.Dir, cmd.SysProcAttr, cmd.ExtraFiles = "/proc/self/exe", []string{entryName, string(what)}, "", attr, []*os.File{badge, status}
+	p := &process{cmd: cmd, inside: w.flags&syscall.CLONE_NEWPID != 0}
+	err = p.start()
+	status.Close()
+	if forbidden(err) {
+		return nil, refusal{fmt.Errorf("make namespaces: %w", err)}
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := p.hear(heard); err != nil {
+		cmd.Process.Kill()
+		<-p.exited
+		return nil, err
+	}
+	return p, nil
+}
+
+// hear waits until the process is the program.
+func (p *process) hear(status *os.File) error {
+	status.SetReadDeadline(time.Now().Add(time.Minute))
+	text, err := io.ReadAll(status)
+	switch message := string(bytes.TrimLeft(text, string(wentIn))); {
+	case err != nil:
+		return fmt.Errorf("it does not begin: %w", err)
+	case len(text) == 0:
+		return errors.New("it ended before it began")
+	case message == "":
+		return nil
+	case message[0] == refused:
+		return refusal{errors.New(message[1:])}
+	default:
+		return fail.With(fail.BadConfig, errors.New(message[1:]))
+	}
+}
+
+// furnish says what there is in the root of an isolated process.
+func (s *Sandbox) furnish(e *entry) error {
+	e.Root = s.rootDir()
+	e.Keep = []string{s.Data(), s.Tablespaces(), s.runDir()}
+	e.Show = []string{"/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store", // programs and libraries
+		"/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime", "/etc/ssl/openssl.cnf", "/etc/pki/tls/openssl.cnf", "/etc/crypto-policies",
+		"/var/cache/postgresql/dicts"} // where Debian keeps what its text search reads
+	if e.Program != "" {
+		real, err := filepath.EvalSymlinks(e.Program)
+		if err != nil {
+			return err
+		}
+		// What belongs to a program stands beside its directory; which that is,
+		// PostgreSQL asks the links as well (find_my_exec in common/exec.c).
+		for _, bin := range []string{filepath.Dir(e.Program), filepath.Dir(real)} {
+			for _, dir := range []string{bin, "../lib", "../lib64", "../share"} {
+				if !filepath.IsAbs(dir) {
+					dir = filepath.Join(bin, dir)
+				}
+				if !within(dir, "/usr") && !slices.Contains(e.Show, dir) {
+					e.Show = append(e.Show, dir)
+				}
+			}
+		}
+	}
+	for _, library := range s.opt.Preload {
+		if filepath.IsAbs(library) && !within(library, "/usr") {
+			e.Show = append(e.Show, library)
+		}
+	}
+	e.Show = append(e.Show, s.confDir())
+	for _, dir := range s.neighbours {
+		if slices.ContainsFunc(e.Show, func(shown string) bool { return within(dir, shown) }) {
+			e.Hide = append(e.Hide, dir)
+		}
+	}
+	return nil
+}
+
+func within(path, dir string) bool { return path == dir || strings.HasPrefix(path, dir+"/") }
+
 // forbidden reports whether the kernel refused a namespace (clone(2)).
 func forbidden(err error) bool {
-	return errors.Is(err, unix.EPERM) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EUSERS)
+	return errors.Is(err, unix.EPERM) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EUSERS) || errors.Is(err, unix.EACCES)
 }
 
 // start runs it from a thread of its own: the kernel sends the death signal
@@ -107,15 +229,6 @@ func (p *process) start() error {
 		}
 	}()
 	return <-started
-}
-
-// limited runs a program by way of a shell, which bounds what it and all that it
-// starts may take: nobody needs rights to lower limits of his own. When memory
-// is short, they go before anything else does.
-func limited(cmd *exec.Cmd, memory int64) {
-	const script = `ulimit -c 0; ulimit -d "$0" && { echo 1000 >/proc/self/oom_score_adj; } 2>/dev/null; exec "$@"`
-	cmd.Args = append([]string{"sh", "-c", script, strconv.FormatInt(memory>>10, 10), cmd.Path}, cmd.Args[1:]...)
-	cmd.Path = "/bin/sh"
 }
 
 func (p *process) running() bool {

@@ -16,9 +16,11 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"os/exec"
 	"os/user"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -45,6 +47,10 @@ type Options struct {
 	// nothing else is best. Empty: postgres. If we are not root, the server runs
 	// as we do.
 	User string
+	// BestEffort starts what was restored also where the kernel, or our rights,
+	// allow less than all there is to keep it apart: see Isolation. Else that is
+	// fail.BadConfig.
+	BestEffort bool
 	// Memory in bytes: a quarter is shared buffers, and no process may have more
 	// of its own than all of it. 0: 1 GiB.
 	Memory int64
@@ -73,7 +79,9 @@ type Sandbox struct {
 	processes []*process // that run, and some that did
 	server    *process   // nil: none runs
 	isolation Isolation  // of what was started last
-	bare      bool       // without namespaces: for tests of hosts that have none
+	// neighbours are the data directories of other servers of the same OS user.
+	neighbours []string
+	refused    bool // as if the kernel refused namespaces: for tests
 }
 
 // Isolation says what keeps the server apart, beside its settings: how much the
@@ -81,8 +89,9 @@ type Sandbox struct {
 type Isolation struct {
 	Network   bool   `json:"network"`   // no network while there are connections
 	Processes bool   `json:"processes"` // sees and signals none but its own, and all end with it
+	Files     bool   `json:"files"`     // no files but its own and programs', no socket of another server, while there are connections
 	User      string `json:"user"`      // the OS user it runs as
-	Own       bool   `json:"own_user"`  // not the one we run as
+	Own       bool   `json:"own_user"`  // nobody else on this host ran as that one when the sandbox was made
 }
 
 const (
@@ -152,7 +161,8 @@ func create(ctx context.Context, opt Options) (*Sandbox, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, dir := range []string{s.dir, s.runDir(), s.confDir(), s.Data(), s.Tablespaces()} {
+	s.meet()
+	for _, dir := range []string{s.dir, s.runDir(), s.confDir(), s.rootDir(), s.Data(), s.Tablespaces()} {
 		if err = os.MkdirAll(dir, 0o700); err == nil {
 			err = s.own(dir)
 		}
@@ -192,8 +202,43 @@ func (s *Sandbox) chooseUser() error {
 		return fmt.Errorf("OS user for the server: PostgreSQL does not run as root: %w", fail.BadConfig)
 	}
 	s.as = &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
-	s.isolation.User, s.isolation.Own = name, true
+	s.isolation.User = name
 	return nil
+}
+
+// meet looks at who else runs as the server's OS user: what is left of an earlier
+// attempt has been ended.
+func (s *Sandbox) meet() {
+	uid := uint32(os.Getuid())
+	if s.as != nil {
+		uid = s.as.Uid
+	}
+	s.isolation.Own = true
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, dir := range dirs {
+		info, err := os.Stat(dir)
+		if err != nil || info.Sys().(*syscall.Stat_t).Uid != uid {
+			continue
+		}
+		s.isolation.Own = false
+		cwd, err := os.Readlink(filepath.Join(dir, "cwd"))
+		if err != nil || slices.Contains(s.neighbours, cwd) {
+			continue
+		}
+		if _, err := os.Stat(filepath.Join(cwd, "PG_VERSION")); err == nil {
+			s.neighbours = append(s.neighbours, cwd)
+		}
+	}
+}
+
+// Try isolates a process as Open would the server, and tells how far that went.
+func (s *Sandbox) Try() (Isolation, error) {
+	p, err := s.launch(true, func() *exec.Cmd { return &exec.Cmd{Dir: s.dir, Env: s.environ(nil)} })
+	if err != nil {
+		return s.isolation, err
+	}
+	<-p.exited
+	return s.isolation, p.err
 }
 
 // own gives a file to the server's OS user.
@@ -252,6 +297,7 @@ func (s *Sandbox) Empty() error {
 
 func (s *Sandbox) runDir() string  { return filepath.Join(s.dir, "run") }
 func (s *Sandbox) confDir() string { return filepath.Join(s.dir, "conf") }
+func (s *Sandbox) rootDir() string { return filepath.Join(s.dir, "root") }
 func (s *Sandbox) logPath() string { return filepath.Join(s.dir, "log") }
 
 // Isolation says how the server that was started last is kept apart.

@@ -28,6 +28,7 @@ import (
 
 // TestMain lets this program be the runner that tests kill, too.
 func TestMain(m *testing.M) {
+	sandbox.Enter()
 	if len(os.Args) == 4 && os.Args[1] == "runner" {
 		if err := runner(os.Args[2], os.Args[3]); err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -42,12 +43,13 @@ func TestMain(m *testing.M) {
 // killed.
 func runner(parent, state string) error {
 	ctx := context.Background()
-	s, err := sandbox.Make(ctx, sandbox.Options{Parent: parent, Name: "killed"})
+	bare := strings.HasPrefix(state, "bare ")
+	s, err := sandbox.Make(ctx, sandbox.Options{Parent: parent, Name: "killed", BestEffort: bare})
 	if err != nil {
 		return err
 	}
-	if strings.HasPrefix(state, "bare ") {
-		sandbox.Bare(s)
+	if bare {
+		sandbox.Refuse(s)
 	}
 	if err := s.Create(ctx, major()); err != nil {
 		return err
@@ -143,7 +145,7 @@ func program(t *testing.T, conn *pgx.Conn, command string) string {
 
 func TestServerHasNothing(t *testing.T) {
 	t.Setenv("PGKEEP_SECRET", "canary")
-	s := create(t, sandbox.Options{Memory: 256 << 20})
+	s := create(t, sandbox.Options{Memory: 256 << 20, User: "daemon"}) // who has nothing else
 	if err := s.Open(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -159,8 +161,23 @@ func TestServerHasNothing(t *testing.T) {
 	if dev := program(t, conn, "cat /proc/net/dev"); is.Network && strings.Count(dev, ":") != 1 { // only lo, which is down
 		t.Errorf("the server has a network:\n%s", dev)
 	}
-	if os.Getuid() == 0 && (!is.Network || !is.Processes || !is.Own) {
+	if !is.Network || !is.Processes || !is.Files || os.Getuid() == 0 && !is.Own {
 		t.Errorf("isolation: %+v", is)
+	}
+	for _, f := range []struct{ shows, want string }{
+		{"cat /proc/[0-9]*/comm | grep -vxE \"postgres|sh|cat|grep\"; :", ""},
+		{"ls -A /etc | grep -vxE \"passwd|group|nsswitch.conf|hosts|ld.so.cache|alternatives|localtime|ssl|pki|crypto-policies\"; :", ""},
+		{"ls -A /etc/ssl", "openssl.cnf"},
+		{"ls -A / | grep -vxE \"bin|sbin|lib|lib32|lib64|libx32|usr|dev|etc|proc|nix|opt|var\"; ls -d /var/lib /var/run 2>/dev/null; :", first(s.Data())},
+		{"ls -A /dev | tr \"\\\\n\" \" \"", "fd full null random shm stderr stdin stdout urandom zero "},
+		{"ls -A " + filepath.Dir(s.Data()) + " | tr \"\\\\n\" \" \"", "conf data run tablespaces "},
+		{"grep -c . /etc/passwd", "2"},
+		{"touch /x /etc/x /usr/x " + filepath.Dir(s.Data()) + "/conf/x 2>/dev/null; :", ""},
+		{"ls /x /etc/x /usr/x " + filepath.Dir(s.Data()) + "/conf/x 2>/dev/null; :", ""},
+	} {
+		if got := program(t, conn, f.shows); got != f.want {
+			t.Errorf("%s: %q, want %q", f.shows, got, f.want)
+		}
 	}
 	if id := program(t, conn, "id -un"); id != is.User || id == "root" {
 		t.Errorf("the server runs as %s, and should as %s", id, is.User)
@@ -174,6 +191,46 @@ func TestServerHasNothing(t *testing.T) {
 	err := conn.QueryRow(t.Context(), "SELECT length(repeat('x', 900000000))").Scan(&n)
 	if err == nil || !strings.Contains(err.Error(), "out of memory") {
 		t.Errorf("with 256 MiB, a value of 900 MB: %d, %v", n, err)
+	}
+}
+
+// first is the first part of a path.
+func first(path string) string { return strings.Split(path, "/")[1] }
+
+// One who is somebody's already is not the server's own.
+func TestUserOfOthersIsNotItsOwn(t *testing.T) {
+	if os.Getuid() != 0 {
+		return // nor is the one who runs this
+	}
+	s := create(t, sandbox.Options{User: "daemon"})
+	if err := s.Open(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	other := create(t, sandbox.Options{User: "daemon"})
+	if is := other.Isolation(); is.Own {
+		t.Errorf("beside a server of the same user: %+v", is)
+	}
+}
+
+// Where the kernel refuses to isolate, nothing restored is opened, unless somebody
+// has said that it may be.
+func TestWithoutIsolationNothingOpens(t *testing.T) {
+	s := create(t, sandbox.Options{})
+	sandbox.Refuse(s)
+	_, tried := s.Try()
+	for what, err := range map[string]error{"Try": tried, "Open": s.Open(t.Context())} {
+		if !errors.Is(err, fail.BadConfig) || !strings.Contains(fail.HintOf(err), "restore_test.isolation: best-effort") {
+			t.Errorf("%s = %v, hint %q", what, err, fail.HintOf(err))
+		}
+	}
+	easy, err := sandbox.Make(t.Context(), sandbox.Options{Parent: scratch(t), Name: "easy", BestEffort: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer easy.Remove()
+	sandbox.Refuse(easy)
+	if is, err := easy.Try(); err != nil || is.Files || is.Network || is.Processes {
+		t.Errorf("with the best effort: %+v, %v", is, err)
 	}
 }
 
@@ -347,9 +404,9 @@ func eventually(t *testing.T, so func() bool) {
 	}
 }
 
-// kill starts a runner, waits until it says that it is where it should be, and
+// kill starts a runner, by way of a command if there is one, waits until it says that it is where it should be, and
 // kills it.
-func kill(t *testing.T, parent, state string, as *syscall.Credential) (said string) {
+func kill(t *testing.T, parent, state string, as *syscall.Credential, by ...string) (said string) {
 	t.Helper()
 	self := filepath.Join(parent, "runner")
 	exe, err := os.Executable()
@@ -359,7 +416,8 @@ func kill(t *testing.T, parent, state string, as *syscall.Credential) (said stri
 	if out, err := exec.Command("cp", exe, self).CombinedOutput(); err != nil { // where another user reaches it
 		t.Fatalf("%v: %s", err, out)
 	}
-	cmd := exec.Command(self, "runner", parent, state)
+	argv := append(by, self, "runner", parent, state)
+	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: as, Pdeathsig: syscall.SIGKILL}
 	cmd.Stderr, cmd.Env, cmd.Dir = os.Stderr, []string{"PATH=/usr/bin:/bin"}, "/"
 	if _, err := cmd.StdinPipe(); err != nil {
@@ -419,8 +477,8 @@ func TestNextRunTakesOver(t *testing.T) {
 	}
 }
 
-// Where pgkeep is not root, its server is alone in a user namespace if the
-// kernel allows that to everybody, and runs in any case.
+// Where pgkeep is not root, its server is alone in a user namespace, as the kernel
+// allows that to everybody.
 func TestWithoutRoot(t *testing.T) {
 	parent := scratch(t)
 	var as *syscall.Credential
@@ -433,12 +491,33 @@ func TestWithoutRoot(t *testing.T) {
 		gid, _ := strconv.Atoi(u.Gid)
 		as = &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
 	}
-	said := kill(t, parent, "open", as)
-	if !strings.Contains(said, "User:postgres Own:false") && as != nil {
-		t.Errorf("isolation: %s", said)
+	if as == nil {
+		t.Log(strings.TrimSpace(kill(t, parent, "open", nil)))
+		return
 	}
-	t.Log(strings.TrimSpace(said))
-	eventually(t, func() bool { return len(processes(parent)) == 0 })
+	for name, by := range map[string][]string{
+		"alone": nil,
+		// A part of /proc is covered: then there is no other for who is not root. And
+		// there are no rights to be had.
+		"as our unit of systemd has it": {"unshare", "--mount", "sh", "-c", `set -e
+			mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys
+			exec setpriv --reuid=`+fmt.Sprint(as.Uid)+` --regid=`+fmt.Sprint(as.Gid)+` --clear-groups --bounding-set=-all --no-new-privs "$@"`, "sh"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			who := as
+			if by != nil {
+				who = nil // setpriv does it
+			}
+			said := kill(t, parent, "open", who, by...)
+			if !strings.Contains(said, "{Network:true Processes:true Files:true User:postgres Own:false}") {
+				t.Errorf("isolation: %s", said)
+			}
+			eventually(t, func() bool { return len(processes(parent)) == 0 })
+			if _, err := sandbox.Collect(t.Context(), parent, nil); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
 }
 
 func TestCollectLeavesWhatIsInUse(t *testing.T) {

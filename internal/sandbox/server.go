@@ -365,10 +365,44 @@ func during(title string) string {
 }
 
 // Connect opens a session in a database as a superuser without triggers, after
-// Open. Unqualified names are those of pg_catalog.
+// Open. Unqualified names are those of pg_catalog. Nothing that ALTER DATABASE or
+// ALTER ROLE ALL had set at the source is in force.
 func (s *Sandbox) Connect(ctx context.Context, database string) (*pgx.Conn, error) {
-	return s.ConnectAs(ctx, database, Superuser, map[string]string{"search_path": "pg_catalog", "session_replication_role": "replica",
-		"session_preload_libraries": ""})
+	major, err := s.major()
+	if err != nil {
+		return nil, err
+	}
+	set := Honest(major)
+	set["search_path"], set["session_replication_role"] = "pg_catalog", "replica"
+	conn, err := s.ConnectAs(ctx, database, Superuser, set)
+	if err != nil {
+		return nil, err
+	}
+	_, err = conn.Exec(ctx, "SELECT set_config(name, coalesce(boot_val, ''), false) FROM pg_settings "+
+		"WHERE source IN ('global', 'database', 'user', 'database user') AND context IN ('user', 'superuser')")
+	if err != nil {
+		conn.Close(context.WithoutCancel(ctx))
+		return nil, fmt.Errorf("put away settings of the source: %w", err)
+	}
+	return conn, nil
+}
+
+// Honest are the settings of a session that sees what there is, and does so until
+// it is done: with others, that databases and roles may bring from the source, a
+// server of a major version hides damage, loads a library, or ends.
+func Honest(major int) map[string]string {
+	set := map[string]string{
+		"zero_damaged_pages": "off", "ignore_checksum_failure": "off", "role": "none",
+		"session_preload_libraries": "", "local_preload_libraries": "",
+		"statement_timeout": "0", "lock_timeout": "0", "idle_in_transaction_session_timeout": "0", "default_transaction_read_only": "off",
+	}
+	if major >= 14 {
+		set["idle_session_timeout"] = "0"
+	}
+	if major >= 17 {
+		set["transaction_timeout"] = "0"
+	}
+	return set
 }
 
 // ConnectAs opens a session as any role, without its password.
