@@ -18,7 +18,7 @@ import (
 // inspect checks what is in the open cluster, one database after another and in
 // each several tables at a time.
 func (t Test) inspect(ctx context.Context, r *Report) {
-	in := inspection{Test: t, report: r, checks: make(map[string]*Check)}
+	in := inspection{Test: t, report: r, checks: make(map[string]*Check), troubles: make(map[string]trouble), wrong: make(map[string]bool)}
 	for _, name := range []string{CheckCollations, CheckHeap, CheckBTree, CheckRead, CheckRows, CheckAssertions} {
 		in.checks[name] = &Check{Name: name, Verdict: Passed}
 		if !t.wants(name) {
@@ -36,7 +36,7 @@ func (t Test) inspect(ctx context.Context, r *Report) {
 	in.compareRows()
 	in.assert(ctx)
 	for _, name := range []string{CheckCollations, CheckHeap, CheckBTree, CheckRead, CheckRows, CheckAssertions} {
-		r.Checks = append(r.Checks, in.checks[name].done())
+		r.Checks = append(r.Checks, in.done(name))
 	}
 }
 
@@ -48,6 +48,9 @@ type inspection struct {
 	checks map[string]*Check
 	counts map[string]map[string]int64 // rows, by database and table
 	major  int
+
+	troubles map[string]trouble // the first of each check
+	wrong    map[string]bool    // checks that found something wrong
 }
 
 // update changes what is known of a check.
@@ -65,6 +68,10 @@ func (in *inspection) skip(name, why string) {
 
 // looked records that a thing was checked, and what is wrong with it.
 func (in *inspection) looked(name, what string, begun time.Time, errs ...error) {
+	ask := troubleOf
+	if name == CheckAssertions {
+		ask = assertionTrouble
+	}
 	in.update(name, func(c *Check) {
 		c.Items++
 		c.Seconds += time.Since(begun).Seconds()
@@ -75,19 +82,28 @@ func (in *inspection) looked(name, what string, begun time.Time, errs ...error) 
 		c.Failed++
 		for _, err := range bad {
 			c.note("%s: %s", what, describe(err))
-			c.Kind = cmp.Or(c.Kind, troubles(err))
+			t := ask(err)
+			if t == (trouble{}) && lost(err) && in.Sandbox.Killed() {
+				t = killed
+			}
+			in.troubles[name] = cmp.Or(in.troubles[name], t)
+			in.wrong[name] = in.wrong[name] || t == (trouble{})
 		}
 	})
 }
 
-// done gives a check its message.
-func (c *Check) done() Check {
+// done gives a check its message, and its kind if all that it found may be no
+// fault of the backup.
+func (in *inspection) done(name string) Check {
+	c := in.checks[name]
 	if c.Verdict == Passed && c.Items == 0 {
 		c.Verdict, c.Message = Skipped, "there is nothing to look at"
 	}
-	if c.Verdict == Failed {
+	if t := in.troubles[name]; c.Verdict == Failed && t != (trouble{}) && !in.wrong[name] {
+		c.Kind, c.Message = t.kind, fmt.Sprintf("%s (%d of %d)", t.why, c.Failed, c.Items)
+	} else if c.Verdict == Failed {
 		c.Message = map[string]string{
-			CheckCollations: "collations sort otherwise here than at the source: install the same version of the C library and of ICU, or rebuild indexes after a restore",
+			CheckCollations: "collations cannot be looked at",
 			CheckHeap:       "tables are damaged",
 			CheckBTree:      "indexes are damaged, or do not fit their tables",
 			CheckRead:       "tables cannot be read",
@@ -147,6 +163,8 @@ type relation struct {
 	Index  bool
 	Toast  bool
 	Pages  int64
+	// Otherwise: an index by a collation that sorts otherwise here.
+	Otherwise bool
 	// Columns whose values can be damaged though the row is sound: those of any
 	// length, which are put together from pieces, and those that name a label.
 	Columns string
@@ -169,10 +187,10 @@ func (in *inspection) database(ctx context.Context, db string) {
 	amcheck, err := in.amcheck(ctx, conn)
 	if err != nil {
 		for _, check := range []string{CheckHeap, CheckBTree} {
-			in.looked(check, "amcheck in database "+db, begun, fmt.Errorf("%w; install the contrib package of this PostgreSQL, or skip the check", err))
+			in.looked(check, "amcheck in database "+db, begun, err)
 		}
 	}
-	all, err := relations(ctx, conn)
+	all, err := relations(ctx, conn, in.major)
 	if err != nil {
 		in.looked(CheckRead, "catalog of database "+db, begun, err)
 		return
@@ -220,14 +238,23 @@ func (in *inspection) amcheck(ctx context.Context, conn *pgx.Conn) (schema strin
 	} else if err == nil {
 		_, err = conn.Exec(ctx, "ALTER EXTENSION amcheck UPDATE")
 	}
-	return schema, err
+	if err != nil {
+		return "", err
+	}
+	return schema, nil
 }
 
 // relations lists tables with rows of their own and B-tree indexes, the largest
 // first. Temporary ones are of sessions that have gone.
-func relations(ctx context.Context, conn *pgx.Conn) ([]relation, error) {
+func relations(ctx context.Context, conn *pgx.Conn, major int) ([]relation, error) {
+	ofDatabase := "false"
+	if major >= 15 {
+		ofDatabase = "(l.oid = 'pg_catalog.default'::regcollation AND (SELECT datcollversion IS DISTINCT FROM pg_database_collation_actual_version(oid) AND datcollversion IS NOT NULL FROM pg_database WHERE datname = current_database()))"
+	}
 	rows, err := conn.Query(ctx, `
 		SELECT c.oid, n.nspname::text, c.relname::text, c.relkind = 'i', c.relkind = 't', c.relpages::bigint,
+		       c.relkind = 'i' AND EXISTS (SELECT FROM pg_index i CROSS JOIN LATERAL unnest(i.indcollation) u(oid) JOIN pg_collation l ON l.oid = u.oid
+		         WHERE i.indexrelid = c.oid AND (l.collversion IS NOT NULL AND l.collversion IS DISTINCT FROM pg_collation_actual_version(l.oid) OR `+ofDatabase+`)),
 		       coalesce((SELECT string_agg(quote_ident(t.attname), ', ' ORDER BY t.attnum)
 		                   FROM pg_attribute t JOIN pg_type y ON y.oid = t.atttypid
 		                  WHERE t.attrelid = c.oid AND t.attnum > 0 AND NOT t.attisdropped AND t.attgenerated <> 'v'
@@ -304,6 +331,9 @@ func (w *worker) function(name string) string { return pgx.Identifier{w.amcheck,
 // btree checks an index in itself, and that every row of the table is in it.
 func (w *worker) btree(ctx context.Context, r relation) error {
 	_, err := w.conn.Exec(ctx, "SELECT "+w.function("bt_index_check")+"($1::oid::regclass, true)", r.OID)
+	if err != nil && r.Otherwise {
+		return otherwise{err}
+	}
 	return err
 }
 
@@ -404,7 +434,7 @@ func (in *inspection) collations(ctx context.Context, conn *pgx.Conn, db string)
 	var errs []error
 	var what, had, has string
 	_, err = pgx.ForEachRow(rows, []any{&what, &had, &has}, func() error {
-		errs = append(errs, fmt.Errorf("%s: version %s at the source, %s here", what, had, has))
+		errs = append(errs, otherwise{fmt.Errorf("%s: version %s at the source, %s here", what, had, has)})
 		return nil
 	})
 	in.looked(CheckCollations, "database "+db, begun, append(errs, err)...)

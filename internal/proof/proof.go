@@ -137,7 +137,12 @@ func failed(name string, err error) Check {
 // troubles returns the kind of an error that says nothing about the backup.
 func troubles(err error) fail.Kind {
 	switch k := fail.KindOf(err); k {
-	case fail.Unknown, fail.Corrupt, fail.Untrusted, fail.Unsupported, fail.Unreachable, fail.WALHole, fail.NoBackup, fail.WrongSystem,
+	case fail.Unknown:
+		if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+			return fail.Stalled
+		}
+		return k
+	case fail.Corrupt, fail.Untrusted, fail.Unsupported, fail.Unreachable, fail.WALHole, fail.NoBackup, fail.WrongSystem,
 		fail.RestoreFailed, fail.ProofFailed, fail.PageDamage:
 		return fail.Unknown
 	default:
@@ -326,11 +331,15 @@ func (c *Check) judge(out string, err error, message string) {
 			c.find("%s", what)
 		}
 	}
-	if err != nil && c.Verdict != Failed {
+	said := c.Verdict == Failed
+	if err != nil && !said {
 		c.find("%v", err)
 	}
 	if c.Verdict == Failed {
-		c.Message, c.Kind = message, troubles(err)
+		c.Message = message
+		if t := troubleOf(err); !said && t != (trouble{}) {
+			c.Kind, c.Message = t.kind, t.why
+		}
 	}
 	c.Items = max(c.Items, c.Failed)
 }

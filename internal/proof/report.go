@@ -150,22 +150,26 @@ func (r Report) Summary() string {
 	return strings.Join(lines, "; ")
 }
 
-// Err is nil if the test passed. Else it is of fail.ProofFailed, or of the kind
-// of the trouble that kept the test from an answer. It names nothing that
+// Err is nil if the test passed. Else it is of fail.ProofFailed, or, if no check
+// found anything wrong, of the kind of the trouble that kept the test from an answer. It names nothing that
 // Public would not.
 func (r Report) Err() error {
 	if r.Verdict == Passed {
 		return nil
 	}
-	kind := fail.ProofFailed
+	kind, wrong := fail.ProofFailed, false
 	var failed []error
 	for _, c := range r.Checks {
 		if c.Verdict == Failed {
 			failed = append(failed, fmt.Errorf("%s: %s", c.Name, c.Message))
-			if c.Kind != fail.Unknown && kind == fail.ProofFailed {
+			wrong = wrong || c.Kind == fail.Unknown
+			if kind == fail.ProofFailed && c.Kind != fail.Unknown {
 				kind = c.Kind
 			}
 		}
+	}
+	if wrong { // whatever else there was
+		kind = fail.ProofFailed
 	}
 	err := errors.Join(failed...)
 	if err == nil {

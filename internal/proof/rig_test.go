@@ -79,7 +79,7 @@ func newRig(t *testing.T) *rig {
 		// What the source does to whoever opens it.
 		"CREATE FUNCTION spy() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'the event trigger fired'; END $$",
 		"CREATE EVENT TRIGGER spy ON ddl_command_start EXECUTE FUNCTION spy()")
-	for _, rel := range []string{"orders", "orders_pkey", "orders_name", "names", "parts_1", "twin_a", "twin_b", "twin_a_i_idx"} {
+	for _, rel := range []string{"orders", "orders_pkey", "orders_name", "orders_icu", "names", "parts_1", "twin_a", "twin_b", "twin_a_i_idx"} {
 		r.paths[rel] = r.text(t, "postgres", "SELECT pg_relation_filepath('"+rel+"')")
 	}
 	r.paths["toast"] = r.text(t, "postgres", "SELECT pg_relation_filepath(reltoastrelid) FROM pg_class WHERE relname = 'orders'")

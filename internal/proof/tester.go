@@ -231,7 +231,7 @@ func (t *Tester) Report(ctx context.Context, s Subject, finished time.Time, trou
 		c := failed(cmp.Or(stepCheck[b.Stage], CheckFiles), trouble)
 		rep.Checks = append(rep.Checks, c)
 	} else if b.Stage != checked && !rep.Failed() {
-		rep.Checks = append(rep.Checks, failed(CheckReplay, errors.New("the test did not come to its end")))
+		rep.Checks = append(rep.Checks, failed(CheckReplay, fail.With(fail.Stalled, errors.New("the test did not come to its end: its sandbox was lost"))))
 	}
 	rep.judge()
 	r, err := t.Open(ctx)

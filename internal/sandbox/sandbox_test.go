@@ -501,7 +501,7 @@ func TestWithoutRoot(t *testing.T) {
 		// there are no rights to be had.
 		"as our unit of systemd has it": {"unshare", "--mount", "sh", "-c", `set -e
 			mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys
-			exec setpriv --reuid=`+fmt.Sprint(as.Uid)+` --regid=`+fmt.Sprint(as.Gid)+` --clear-groups --bounding-set=-all --no-new-privs "$@"`, "sh"},
+			exec setpriv --reuid=` + fmt.Sprint(as.Uid) + ` --regid=` + fmt.Sprint(as.Gid) + ` --clear-groups --bounding-set=-all --no-new-privs "$@"`, "sh"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			who := as

@@ -459,6 +459,10 @@ func (s *Sandbox) kill() {
 	s.server = nil
 }
 
+// Killed reports whether a process of the server that runs was killed from the
+// outside, as by a kernel that is short of memory: it ends them all.
+func (s *Sandbox) Killed() bool { return strings.Contains(s.serverLog(), "was terminated by signal 9") }
+
 // serverLog returns the beginning and the end of the server's log.
 func (s *Sandbox) serverLog() string {
 	const most = 4 << 20
