@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -210,7 +211,7 @@ func (s *speech) listen(r io.Reader) {
 
 // extra are the parts of an error message in which rows may stand, or queries
 // with values in them.
-var extra = []string{"DETAIL:", "CONTEXT:", "STATEMENT:", "QUERY:", "LINE ", "Command was:", "Query was:", "The command was:"}
+var extra = []string{"DETAIL:", "CONTEXT:", "STATEMENT:", "QUERY:", "LINE ", "Command was:", "Query was:", "query was:", "The command was:"}
 
 func (s *speech) hear(line string) {
 	s.lines++
@@ -224,7 +225,7 @@ func (s *speech) hear(line string) {
 	if line == "" || slices.ContainsFunc(extra, func(e string) bool { return strings.Contains(line, e) }) {
 		return
 	}
-	if s.first == "" {
+	if s.first == "" && s.own(line) {
 		s.first = line
 	}
 	for _, mark := range []string{"error:", "fatal:", "ERROR:", "FATAL:", "PANIC:", "No space left"} {
@@ -235,25 +236,51 @@ func (s *speech) hear(line string) {
 	}
 }
 
-// summary is the one line to put into an error: what the program was doing, and
-// what the server said to it.
+// summary is the one line to put into an error, which goes into histories and
+// notifications: what the program was doing, in its own words, and of what the
+// server said to it that which cannot hold anything of a row.
 func (s *speech) summary() string {
 	line := s.first
 	if len(s.errors) > 0 {
-		line, _, _ = strings.Cut(s.errors[0], "ERROR:")
+		line = s.errors[0]
 	}
+	line, _ = fromServer(line)
+	if !s.own(line) {
+		line = ""
+	}
+	line, _, _ = strings.Cut(line, `: "`) // here follows a value that could not be read
 	for _, e := range s.errors {
-		if i := strings.Index(e, "ERROR:"); i >= 0 {
-			line += " " + e[i:]
+		if _, message := fromServer(e); message != "" {
+			line += " " + message
 			break
 		}
 	}
 	line = strings.Join(strings.Fields(line), " ")
-	line, _, _ = strings.Cut(line, `: "`) // here follows a value that the server could not read
 	if len(line) > maxReported {
 		line = strings.ToValidUTF8(line[:maxReported], "") + " …"
 	}
 	return line
+}
+
+// fromServer parts a line where the server's words begin, of which it returns
+// what may be told.
+func fromServer(line string) (before, message string) {
+	at := severity.FindStringIndex(line)
+	if at == nil {
+		return line, ""
+	}
+	return line[:at[0]], strings.TrimSpace(line[at[0]:at[1]]) + " " + told(line[at[1]:])
+}
+
+// severity is how a message of the server begins, in whatever language: libpq puts
+// two blanks behind it (pqBuildErrorMessage3 in fe-protocol3.c).
+var severity = regexp.MustCompile(`(?:ERROR|FATAL|PANIC|WARNING|NOTICE|INFO):|\p{L}+:  `)
+
+// own reports whether a line is the program's: only of its first is it known whose
+// words they are.
+func (s *speech) own(line string) bool {
+	name, _, ok := strings.Cut(line, ": ")
+	return ok && (filepath.Base(name) == s.program || strings.HasPrefix(filepath.Base(name), "pg_"))
 }
 
 // says reports whether an error line contains any of the texts.

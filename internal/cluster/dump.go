@@ -218,6 +218,8 @@ func (s *speech) kind(failed fail.Kind) (kind fail.Kind, hint string) {
 		return fail.NoSpace, ""
 	case s.says("server version mismatch", "unsupported version"):
 		return fail.PGVersion, ""
+	case s.says("could not open extension control file", `could not access file "$libdir`, "could not load library"):
+		return fail.PGVersion, "install for that PostgreSQL the extensions that the source has"
 	case s.says("canceling statement due to lock timeout", "canceling statement due to statement timeout", "could not obtain lock on relation"):
 		return fail.Stalled, "another session locks a table; see which: SELECT pid, relation::regclass FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND granted"
 	case s.says("row-level security", "permission denied for"), s.says("must be superuser", "must be owner of"):

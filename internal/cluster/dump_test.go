@@ -411,6 +411,50 @@ func TestErrorsHoldNoRows(t *testing.T) {
 			`pg_restore: error: COPY failed for table "t": ERROR: invalid input syntax for type integer`,
 		},
 		{
+			[]string{`pg_restore: error: COPY failed for table "cards": ERROR:  value "4111111111111111" is out of range for type integer`},
+			`pg_restore: error: COPY failed for table "cards": ERROR: a value is out of range for type integer`,
+		},
+		{
+			[]string{`pg_restore: error: COPY failed for table "people": ERROR:  date/time field value out of range: "4111-13-45"`},
+			`pg_restore: error: COPY failed for table "people": ERROR: date/time field value out of range`,
+		},
+		{
+			[]string{"pg_restore: error: could not execute query: ERROR:  bad customer Smith, card 4111", "born in 4111: error: twice"},
+			"pg_restore: error: could not execute query: ERROR: an error of the server, whose words are in the log of this host",
+		},
+		{
+			[]string{"NOTICE:  customer Smith, card 4111", "ERROR: card 4111", "pg_restore: error: could not execute query: FEHLER:  Karte 4111"},
+			"ERROR: an error of the server, whose words are in the log of this host",
+		},
+		{
+			[]string{"pg_restore: error: could not execute query: FEHLER:  Karte 4111"},
+			"pg_restore: error: could not execute query: FEHLER: an error of the server, whose words are in the log of this host",
+		},
+		{
+			[]string{`pg_dump: error: query failed: ERROR:  invalid input value for enum mood: "4111"`},
+			"pg_dump: error: query failed: ERROR: invalid input value for enum mood",
+		},
+		{
+			[]string{`pg_restore: error: COPY failed for table "t": ERROR:  invalid byte sequence for encoding "UTF8": 0x34 0x4111`},
+			`pg_restore: error: COPY failed for table "t": ERROR: invalid byte sequence for encoding "UTF8"`,
+		},
+		{
+			[]string{`pg_restore: error: COPY failed for table "t": ERROR:  value too long for type character varying(5)`},
+			`pg_restore: error: COPY failed for table "t": ERROR: value too long for type character varying(5)`,
+		},
+		{
+			[]string{`pg_restore: error: could not execute query: ERROR:  could not parse JSON-like "4111" here`},
+			"pg_restore: error: could not execute query: ERROR: an error of the server, whose words are in the log of this host",
+		},
+		{
+			[]string{`pg_restore: error: could not execute query: ERROR:  insert or update on table "orders" violates foreign key constraint "orders_customer_fkey"`},
+			`pg_restore: error: could not execute query: ERROR: insert or update on table "orders" violates foreign key constraint "orders_customer_fkey"`,
+		},
+		{
+			[]string{`pg_dump: error: connection to server on socket "/run/x" failed: FATAL:  role "guest" does not exist`},
+			`pg_dump: error: connection to server on socket "/run/x" failed: FATAL: role "guest" does not exist`,
+		},
+		{
 			[]string{
 				`pg_dump: error: Dumping the contents of table "t" failed: PQgetResult() failed.`,
 				"pg_dump: detail: Error message from server: ERROR:  permission denied for table t",
@@ -418,7 +462,8 @@ func TestErrorsHoldNoRows(t *testing.T) {
 			},
 			`pg_dump: error: Dumping the contents of table "t" failed: PQgetResult() failed. pg_dump: detail: Error message from server: ERROR: permission denied for table t`,
 		},
-		{[]string{"", "cannot execute: strange"}, "cannot execute: strange"},
+		{[]string{"", "pg_dump: cannot execute: strange"}, "pg_dump: cannot execute: strange"},
+		{[]string{"cannot execute: strange 4111"}, ""},
 		{[]string{"pg_dump: error: " + strings.Repeat("x", 1000)}, "pg_dump: error: " + strings.Repeat("x", 284) + " …"},
 		{nil, ""},
 	} {
