@@ -154,13 +154,26 @@ func (p *Physical) Copy(ctx context.Context, id repo.ID, progress func(repo.Prog
 	for _, d := range facts.Databases {
 		total += max(0, d.Bytes)
 	}
-	s, err := p.start(ctx, id, progress)
-	if err != nil {
-		return Copied{}, err
+	for n := 1; ; n++ {
+		s, err := p.start(ctx, id, progress)
+		if err != nil {
+			return Copied{}, err
+		}
+		c, err := p.copy(ctx, r, id, total, s, progress)
+		s.Abort()
+		if !errors.Is(err, errOvertaken) || n == maxStarts {
+			return c, err
+		}
+		p.Log.Warn("begins again", "because", err)
 	}
-	defer s.Abort()
-	return p.copy(ctx, r, id, total, s, progress)
 }
+
+// errOvertaken says that a copy came too late, before it read anything.
+var errOvertaken = errors.New("a checkpoint overtook the start of the backup")
+
+// maxStarts is how often a copy begins before it gives up. To be overtaken takes
+// a checkpoint within some milliseconds.
+const maxStarts = 5
 
 // start begins the backup at the server. That takes as long as a checkpoint does.
 func (p *Physical) start(ctx context.Context, id repo.ID, progress func(repo.Progress)) (*cluster.BackupSession, error) {
@@ -190,6 +203,9 @@ func (p *Physical) copy(ctx context.Context, r *repo.Repo, id repo.ID, total int
 		return Copied{}, err
 	}
 	defer d.Close()
+	if err := keepDatabases(ctx, d, s); err != nil {
+		return Copied{}, err
+	}
 	control, _, err := d.Control(ctx)
 	if err == nil {
 		err = begun.Check(control)
@@ -290,6 +306,21 @@ func (p *Physical) copy(ctx context.Context, r *repo.Repo, id repo.ID, total int
 	}
 	pr := done.Load()
 	return Copied{PhysicalFacts: deref(content.Physical), Content: content, Kept: pr.Kept, Sent: pr.Sent}, nil
+}
+
+// keepDatabases has the copy hold a directory for each database that was there
+// when the backup began, whatever becomes of it. Replay may begin within CREATE
+// DATABASE, write into the directory, and cannot make it. To remove one, the
+// server makes a checkpoint first: if there was none yet, none is gone.
+func keepDatabases(ctx context.Context, d *pgdata.Dir, s *cluster.BackupSession) error {
+	if err := d.KeepDatabases(); err != nil {
+		return err
+	}
+	redo, err := s.Redo(ctx)
+	if err == nil && redo != s.Start.LSN {
+		err = fmt.Errorf("%w: it began at %v, the checkpoint at %v", errOvertaken, s.Start.LSN, redo)
+	}
+	return err
 }
 
 // because prefers why the work was given up to how it noticed.

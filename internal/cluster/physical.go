@@ -326,6 +326,18 @@ func (s *BackupSession) Position(ctx context.Context) (pg.LSN, error) {
 	return pg.ParseLSN(text)
 }
 
+// Redo returns where recovery begins by the newest checkpoint, or restartpoint of
+// a standby. While it is Start.LSN, there was none since the one of the start.
+func (s *BackupSession) Redo(ctx context.Context) (pg.LSN, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var text string
+	if err := s.conn.QueryRow(ctx, "SELECT redo_lsn::text FROM pg_control_checkpoint()", pgx.QueryExecModeExec).Scan(&text); err != nil {
+		return 0, s.lost(ctx, queryError("ask for the newest checkpoint", err))
+	}
+	return pg.ParseLSN(text)
+}
+
 // Stop ends the backup, and with it the session. It does not wait for the
 // archiver. After an error the copy is worth nothing.
 func (s *BackupSession) Stop(ctx context.Context) (Stopped, error) {

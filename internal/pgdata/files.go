@@ -37,7 +37,7 @@ var errStop = errors.New("stop")
 
 // Files lists what a backup takes, in the order of the bytes of the paths, and
 // reads each directory only when it gets there. What a live server removes in
-// the meantime is left out. Global/pg_control is not listed: it is read last.
+// the meantime is left out, but for what KeepDatabases has noted. Global/pg_control is not listed: it is read last.
 //
 // After an error nothing follows.
 func (d *Dir) Files(ctx context.Context) iter.Seq2[File, error] {
@@ -168,7 +168,9 @@ func (l *lister) walk(r *root, name, tree, below string) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("list %s: %w", tree, err)
 	}
+	names = append(names, l.kept[below]...)
 	slices.Sort(names)
+	names = slices.Compact(names)
 	var waiting []string // directories to go into, the last one first
 	enter := func(before string) error {
 		for n := len(waiting); n > 0 && (before == "" || waiting[n-1]+"/" < before); n-- {
@@ -196,6 +198,11 @@ func (l *lister) walk(r *root, name, tree, below string) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			if err := l.Present(); err != nil {
 				return err
+			}
+			if slices.Contains(l.kept[below], n) {
+				if err := l.yield(File{Path: tree + "/" + n, Dir: true, Mode: 0o700, Modified: time.Now().UTC()}); err != nil {
+					return err
+				}
 			}
 			continue
 		}

@@ -35,19 +35,12 @@ func takeCopy(t *testing.T, p *lab.Postgres, opt pgdata.Options) *copied {
 	t.Helper()
 	ctx := t.Context()
 	c := cluster.Cluster{Conninfo: p.Conninfo(), BinDir: p.BinDir}
-	s, err := c.StartBackup(ctx, "a copy", true)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Abort()
-	k := &copied{dir: lab.DirForTest(t), start: s.Start, damaged: make(map[string][]int64)}
-	opt.Config, opt.LogDirectory = s.Start.Config, s.Start.LogDirectory
+	k := &copied{dir: lab.DirForTest(t), damaged: make(map[string][]int64)}
 	opt.Note = func(path, why string) { k.notes = append(k.notes, path+": "+why) }
-	d, err := pgdata.Open(s.Start.DataDirectory, opt)
-	if err != nil {
-		t.Fatal(err)
-	}
+	s, d := begin(t, c, opt)
+	defer s.Abort()
 	defer d.Close()
+	k.start = s.Start
 	spaces, err := d.Tablespaces()
 	if err != nil {
 		t.Fatal(err)
@@ -90,6 +83,34 @@ func takeCopy(t *testing.T, p *lab.Postgres, opt pgdata.Options) *copied {
 		k.write(t, "data/tablespace_map", []byte(k.stop.TablespaceMap))
 	}
 	return k
+}
+
+// begin starts a backup, and opens the directory before the next checkpoint.
+func begin(t *testing.T, c cluster.Cluster, opt pgdata.Options) (*cluster.BackupSession, *pgdata.Dir) {
+	t.Helper()
+	for {
+		s, err := c.StartBackup(t.Context(), "a copy", true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		opt.Config, opt.LogDirectory = s.Start.Config, s.Start.LogDirectory
+		d, err := pgdata.Open(s.Start.DataDirectory, opt)
+		if err == nil {
+			err = d.KeepDatabases()
+		}
+		var redo pg.LSN
+		if err == nil {
+			redo, err = s.Redo(t.Context())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if redo == s.Start.LSN {
+			return s, d
+		}
+		s.Abort()
+		d.Close()
+	}
 }
 
 func (k *copied) take(t *testing.T, d *pgdata.Dir, f pgdata.File, check pgdata.PageCheck) {

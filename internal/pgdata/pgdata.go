@@ -49,7 +49,8 @@ type Dir struct {
 	version string // the name of this cluster's directory in every tablespace
 	control pg.Control
 	root    *root
-	moved   []string // the server's own directories that are links
+	moved   []string            // the server's own directories that are links
+	kept    map[string][]string // directories of databases that were there, by that they stand in, below PGDATA
 
 	mu     sync.Mutex
 	spaces map[string]*root // what links lead to, by their path below PGDATA
@@ -344,6 +345,34 @@ func (d *Dir) Tablespaces() ([]Tablespace, error) {
 	}
 	slices.SortFunc(all, func(a, b Tablespace) int { return int(int64(a.OID) - int64(b.OID)) })
 	return all, nil
+}
+
+// KeepDatabases notes which directories of databases there are: from now on Files
+// lists them, and if they are gone when it gets there, without content. It is
+// called between the start of a backup and Files, once, and before the next
+// checkpoint; see docs/decisions/0025-databases-that-were-dropped.md.
+func (d *Dir) KeepDatabases() error {
+	spaces, err := d.Tablespaces()
+	if err != nil {
+		return err
+	}
+	in := []string{"base"}
+	for _, t := range spaces {
+		in = append(in, fmt.Sprintf("pg_tblspc/%d/%s", t.OID, d.version))
+	}
+	d.kept = make(map[string][]string)
+	for _, dir := range in {
+		entries, err := os.ReadDir(filepath.Join(d.path, dir))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("list databases: %w", kinded(err))
+		}
+		for _, e := range entries {
+			if e.IsDir() && isOID(e.Name()) {
+				d.kept[dir] = append(d.kept[dir], e.Name())
+			}
+		}
+	}
+	return nil
 }
 
 // space returns the directory that the link at a path below PGDATA leads to:

@@ -209,14 +209,25 @@ func (s *site) archived() string {
 // take takes a physical backup.
 func (s *site) take() repo.ID {
 	s.t.Helper()
+	id, _ := s.takeWith(s.physicalOf(s.pg))
+	return id
+}
+
+// physicalOf is what takes physical backups of a server of the site.
+func (s *site) physicalOf(server *lab.Postgres) backup.Physical {
+	return backup.Physical{Name: "main", Host: "db1", Cluster: cluster.Cluster{Conninfo: server.Conninfo() + " dbname=postgres"}, Spool: s.t.TempDir(),
+		Open: func(context.Context) (*repo.Repo, error) { return s.repo, nil }, Log: slog.New(slog.DiscardHandler), WALWait: time.Minute}
+}
+
+func (s *site) takeWith(b backup.Physical) (repo.ID, backup.Copied) {
+	s.t.Helper()
 	ctx := s.t.Context()
 	s.backup++
 	id, began := repo.NewID(time.Now(), fmt.Sprintf("%08x", s.backup)), time.Now().UTC()
-	b := backup.Physical{Name: "main", Host: "db1", Cluster: cluster.Cluster{Conninfo: s.pg.Conninfo() + " dbname=postgres"}, Spool: s.t.TempDir(),
-		Open: func(context.Context) (*repo.Repo, error) { return s.repo, nil }, Log: slog.New(slog.DiscardHandler), WALWait: time.Minute}
+	var c backup.Copied
 	_, err := b.Preflight(ctx, id, began, backup.Owner{})
 	if err == nil {
-		_, err = b.Copy(ctx, id, func(repo.Progress) {})
+		c, err = b.Copy(ctx, id, func(repo.Progress) {})
 		s.own()
 	}
 	if err == nil {
@@ -226,10 +237,10 @@ func (s *site) take() repo.ID {
 		_, err = b.Publish(ctx, id, backup.Published{Started: began, Verified: repo.VerifiedContent})
 	}
 	if err != nil {
-		s.t.Fatal(err)
+		s.t.Fatalf("%v; %s", err, fail.HintOf(err))
 	}
 	s.own()
-	return id
+	return id, c
 }
 
 // physical is a restore into a directory of the site that is not there yet; its

@@ -351,7 +351,7 @@ func (l *load) churn(ctx context.Context) error {
 			"CREATE TABLE churn%d AS SELECT n, repeat('x', 500) AS t FROM generate_series(1, 1000) n",
 			"CREATE INDEX ON churn%d (n)", "CREATE TEMP TABLE passing%d AS SELECT generate_series(1, 1000) AS n",
 			"DELETE FROM churn%d WHERE n %% 2 = 0", "VACUUM FULL churn%d", "VACUUM FULL far -- %d",
-			"CREATE DATABASE d%d" + how,
+			"CREATE DATABASE d%d" + how, "CREATE DATABASE gone%d", "DROP DATABASE gone%d",
 			"CREATE TABLESPACE passing%d LOCATION '" + dir + "'",
 			"CREATE TABLE inside%[1]d TABLESPACE passing%[1]d AS SELECT generate_series(1, 1000) AS n",
 			"TRUNCATE churn%d", "INSERT INTO churn%d SELECT n, 'y' FROM generate_series(1, 100) n",
