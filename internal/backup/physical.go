@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/pgkeep/pgkeep/internal/cluster"
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/pg"
@@ -78,13 +80,16 @@ func (p *Physical) fit(ctx context.Context, f cluster.Facts) error {
 	switch {
 	case f.WALLevel == "minimal":
 		return fail.Hint(fmt.Errorf("wal_level is minimal: %w", fail.BadConfig), "set wal_level = replica and restart PostgreSQL")
-	case !f.Archiving():
+	case !f.InRecovery && !f.Archiving(): // for a standby its primary does
 		return fail.Hint(fmt.Errorf("this server archives no WAL, and a copy of its files is worth nothing without: %w", fail.BadConfig),
-			"set archive_mode = on and archive_command = 'pgkeep-wal push %p'; a standby needs archive_mode = always")
+			"set archive_mode = on and archive_command = 'pgkeep-wal push %p'")
 	case f.DataDirectory == "":
 		return fail.Hint(fmt.Errorf("the role may not see where the data directory is: %w", fail.PGDenied), "GRANT pg_read_all_settings, or pg_monitor, to it")
 	}
 	if err := p.Cluster.CheckBackupRights(ctx); err != nil {
+		return err
+	}
+	if err := p.archives(ctx); err != nil {
 		return err
 	}
 	d, err := pgdata.Open(f.DataDirectory, pgdata.Options{})
@@ -99,6 +104,34 @@ func (p *Physical) fit(ctx context.Context, f cluster.Facts) error {
 	}
 	return err
 }
+
+// archiverRests is how long PostgreSQL's archiver waits at most before it tries
+// again what has failed, and some time to do it (postmaster/pgarch.c).
+const archiverRests = 90 * time.Second
+
+// archives refuses a server whose archive_command fails, and goes on failing: its
+// backup would be copied for hours and never be whole.
+func (p *Physical) archives(ctx context.Context) error {
+	deadline := time.Now().Add(min(archiverRests, p.walWait()))
+	for n := 0; ; n++ {
+		a, err := p.Cluster.WALArchived(ctx, 0)
+		if err != nil || a.Failing == "" {
+			return err
+		}
+		if n == 0 {
+			p.Log.Warn("archive_command has failed; waits for it to succeed", "wal", a.Failing)
+		}
+		if time.Now().After(deadline) {
+			return fail.Hint(fmt.Errorf("archive_command fails on %s, and nothing was archived since: a copy is worth nothing without its log: %w", a.Failing, fail.NotArchiving),
+				"PostgreSQL's log says why. Once a file is archived, take the backup again; if none waits, SELECT pg_switch_wal() makes one")
+		}
+		if err := rest(ctx, time.Second); err != nil {
+			return err
+		}
+	}
+}
+
+func (p *Physical) walWait() time.Duration { return cmp.Or(p.WALWait, time.Hour) }
 
 // prior returns the backups whose blocks the next one may keep: the newest of
 // this system. One with damaged pages is as good: what is kept is equal to what
@@ -426,28 +459,47 @@ func (p *Physical) WaitWAL(ctx context.Context, id repo.ID, progress func(done, 
 	}
 	size := int64(f.SegmentSize)
 	a := repo.Archive{Cluster: p.Name, System: f.System, Major: f.Version.Major()}
-	deadline := time.Now().Add(cmp.Or(p.WALWait, time.Hour))
-	for i, n := range need {
-		for wait := 50 * time.Millisecond; ; wait = min(2*wait, time.Second) { // mostly the last segment is on its way
-			err := r.CheckWAL(ctx, a, n)
-			if err == nil {
-				break
+	deadline := time.Now().Add(p.walWait())
+	var mu sync.Mutex
+	var there int64
+	tell := func(more int64) {
+		mu.Lock()
+		defer mu.Unlock()
+		there += more
+		progress(there*size, int64(len(need))*size)
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(walReaders)
+	for _, n := range need {
+		g.Go(func() error {
+			for wait := 50 * time.Millisecond; ; wait = min(2*wait, time.Second) { // mostly the last segment is on its way
+				err := r.CheckWAL(gctx, a, n)
+				if err == nil {
+					tell(1)
+					return nil
+				}
+				if !errors.Is(err, store.ErrNotExist) {
+					return err
+				}
+				if time.Now().After(deadline) {
+					return p.notArchived(gctx, n)
+				}
+				tell(0)
+				if err := rest(gctx, wait); err != nil {
+					return err
+				}
 			}
-			if !errors.Is(err, store.ErrNotExist) {
-				return "", err
-			}
-			if time.Now().After(deadline) {
-				return "", p.notArchived(ctx, n)
-			}
-			progress(int64(i)*size, int64(len(need))*size)
-			if err := rest(ctx, wait); err != nil {
-				return "", err
-			}
-		}
-		progress(int64(i+1)*size, int64(len(need))*size)
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return "", err
 	}
 	return f.LastWAL, nil
 }
+
+// walReaders is how many segments are read back at a time. Each takes a request
+// and little memory.
+const walReaders = 4
 
 // notArchived says why a segment may not have come.
 func (p *Physical) notArchived(ctx context.Context, n pg.WALName) error {

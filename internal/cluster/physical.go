@@ -353,11 +353,13 @@ func (s *BackupSession) Stop(ctx context.Context) (Stopped, error) {
 	var pid uint32
 	var recovering bool
 	// On a standby the copy is consistent at the end of recovery that
-	// pg_control names, and on that end's timeline.
+	// pg_control names once the backup has stopped, and on that end's timeline: a
+	// subquery that depends on the stop's row is not evaluated before it.
 	err := s.conn.QueryRow(ctx, `
 		SELECT b.lsn::text, b.labelfile, coalesce(b.spcmapfile, ''), pg_backend_pid(), pg_is_in_recovery(), clock_timestamp(),
-		       CASE WHEN pg_is_in_recovery() THEN r.min_recovery_end_timeline ELSE c.timeline_id END
-		  FROM `+stop+` b, LATERAL pg_control_recovery() r, LATERAL pg_control_checkpoint() c`, pgx.QueryExecModeExec).
+		       CASE WHEN pg_is_in_recovery() THEN (SELECT min_recovery_end_timeline FROM pg_control_recovery() WHERE b.lsn IS NOT NULL)
+		            ELSE (SELECT timeline_id FROM pg_control_checkpoint() WHERE b.lsn IS NOT NULL) END
+		  FROM `+stop+` b`, pgx.QueryExecModeExec).
 		Scan(&lsn, &st.Label, &st.TablespaceMap, &pid, &recovering, &st.Time, &st.Timeline)
 	if err != nil {
 		return Stopped{}, s.lost(ctx, s.stopError(queryError("stop the backup", err)))
