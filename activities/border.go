@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -119,7 +120,7 @@ func watched(ctx context.Context, stage string, grace, quiet time.Duration, work
 	if err != nil && errors.Is(context.Cause(wctx), errQuiet) {
 		err = fail.With(fail.Stalled, fmt.Errorf("%s: %w for %v: %w", stage, errQuiet, quiet, err))
 	}
-	return border(wctx, err)
+	return translate(wctx, err, fail.DumpFailed, fail.Stalled, fail.Unknown)
 }
 
 // ask sends a heartbeat and returns what the server says to it.
@@ -149,14 +150,22 @@ var (
 	errQuiet    = errors.New("nothing moved")
 )
 
-// maxFailures is how often what PostgreSQL's programs do may fail by itself
-// before the backup does. Attempts that end because a worker does count, too.
+// maxFailures is how often long work may fail by itself before the backup does:
+// PostgreSQL's programs, and what nobody knows, as a sector of the disk that cannot
+// be read. To try that for weeks would read all of a cluster each time, keep the
+// next backup waiting, and tell nobody. Attempts that end because a worker does
+// count, too.
 const maxFailures = 5
 
 // border translates err for Temporal: its kind decides whether to retry, and
 // travels as the type of the application error, its hint as the details. The
 // causes stay here: they would stand in the history once more, each.
 func border(ctx context.Context, err error) error {
+	return translate(ctx, err, fail.DumpFailed, fail.Stalled)
+}
+
+// translate is border; the kinds it is given may fail maxFailures times.
+func translate(ctx context.Context, err error, bounded ...fail.Kind) error {
 	if err == nil {
 		return nil
 	}
@@ -166,7 +175,7 @@ func border(ctx context.Context, err error) error {
 		}
 	}
 	kind := fail.KindOf(err)
-	final := !kind.Retry() || (kind == fail.DumpFailed || kind == fail.Stalled) && activity.GetInfo(ctx).Attempt >= maxFailures
+	final := !kind.Retry() || slices.Contains(bounded, kind) && activity.GetInfo(ctx).Attempt >= maxFailures
 	text := err.Error()
 	if len(text) > 2000 { // the server cuts failures off at 4 KiB
 		text = text[:2000] + "…"

@@ -1,15 +1,19 @@
 package activities_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"io/fs"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 	"unicode/utf8"
 
 	"go.temporal.io/sdk/temporal"
 	"go.temporal.io/sdk/testsuite"
+	"go.temporal.io/sdk/workflow"
 
 	"github.com/pgkeep/pgkeep/activities"
 	"github.com/pgkeep/pgkeep/internal/backup"
@@ -40,6 +44,36 @@ func TestFailuresAreText(t *testing.T) {
 				t.Errorf("advice is not UTF-8")
 			}
 		})
+	}
+}
+
+// A sector of the disk cannot be read. Each attempt read the whole cluster up to it,
+// every five minutes for four weeks, and no other backup ran.
+func TestLongWorkThatFailsForNoKnownReasonEndsTheBackup(t *testing.T) {
+	for _, tt := range []struct {
+		err   error
+		times int32 // 0: for ever
+	}{
+		{&fs.PathError{Op: "read", Path: "base/5/16384", Err: syscall.EIO}, 5},
+		{fail.With(fail.StoreDown, errors.New("503")), 0},
+	} {
+		var suite testsuite.WorkflowTestSuite
+		env := suite.NewTestWorkflowEnvironment()
+		var tries int32
+		long := func(ctx context.Context) error {
+			return activities.Watched(ctx, time.Hour, func(context.Context) error { tries++; return tt.err })
+		}
+		env.RegisterActivity(long)
+		run := func(ctx workflow.Context) error {
+			ctx = workflow.WithActivityOptions(ctx, workflow.ActivityOptions{StartToCloseTimeout: time.Hour,
+				RetryPolicy: &temporal.RetryPolicy{InitialInterval: time.Second, MaximumInterval: time.Second, MaximumAttempts: 20}})
+			return workflow.ExecuteActivity(ctx, long).Get(ctx, nil)
+		}
+		env.RegisterWorkflow(run)
+		env.ExecuteWorkflow(run)
+		if want := cmp.Or(tt.times, 20); env.GetWorkflowError() == nil || tries != want {
+			t.Errorf("%v: tried %d times, want %d; %v", tt.err, tries, want, env.GetWorkflowError())
+		}
 	}
 }
 

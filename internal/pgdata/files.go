@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 
@@ -43,6 +44,10 @@ var errStop = errors.New("stop")
 func (d *Dir) Files(ctx context.Context) iter.Seq2[File, error] {
 	return func(yield func(File, error) bool) {
 		l := lister{Dir: d, ctx: ctx, yield: func(f File) error {
+			if !utf8.ValidString(f.Path) || !utf8.ValidString(f.Link) {
+				return fail.Hint(fmt.Errorf("list %q: it, or where it leads, is not UTF-8: %w", f.Path, fail.BadConfig),
+					"PostgreSQL makes no such file: rename it, or move it out of the data directory (ls -b shows names so)")
+			}
 			if !yield(f, nil) {
 				return errStop
 			}

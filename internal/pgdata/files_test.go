@@ -140,7 +140,7 @@ func TestListingTakesWhatABackupNeeds(t *testing.T) {
 		{"current_logfiles", true},
 		{"unknown/dir/file", true},
 		{"-odd \\ name", true},
-		{"caf\xe9", true},
+		{"caf\u00e9", true},
 
 		{"global/pg_control", false},
 		{"postmaster.pid", false},
@@ -356,6 +356,63 @@ func TestListingSkipsSpecialFilesAndTellsOfThem(t *testing.T) {
 	// One that comes in place of a file that was listed does not block its reader.
 	if _, err := d.OpenFile(t.Context(), pgdata.File{Path: "data/fifo", Size: 5}, pgdata.PageCheck{}); err == nil {
 		t.Error("a fifo is read")
+	}
+}
+
+// A backup writes names as text. It ended at such a file, each time, with an error
+// that said so to nobody.
+func TestNamesThatAreNoTextAreRefused(t *testing.T) {
+	for what, make := range map[string]func(dir string){
+		"a file": func(dir string) { put(t, dir, "b\xe4ckup.conf", "x") },
+		"a link": func(dir string) { link(t, "/b\xe4ckup", filepath.Join(dir, "far")) },
+	} {
+		dir := forge(t)
+		make(dir)
+		_, err := list(t, open(t, dir, pgdata.Options{}))
+		if !errors.Is(err, fail.BadConfig) || !strings.Contains(fail.HintOf(err), "move it out") {
+			t.Errorf("%s: %v; hint: %s", what, err, fail.HintOf(err))
+		}
+	}
+}
+
+// A database that was there when the backup began keeps its place.
+func TestDatabasesThatWereKeptAreListedWithoutContent(t *testing.T) {
+	dir, away := forge(t), t.TempDir()
+	for _, name := range []string{"base/1/112", "base/5/112", "base/16400/112", "base/pgsql_tmp/x"} {
+		put(t, dir, name, "x")
+	}
+	put(t, away, version+"/16401/112", "x")
+	put(t, away, version+"/16402/112", "x")
+	link(t, away, filepath.Join(dir, "pg_tblspc/16399"))
+	d, err := pgdata.Open(dir, pgdata.Options{})
+	if err == nil {
+		err = d.KeepDatabases()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	err = errors.Join(os.RemoveAll(filepath.Join(dir, "base/16400")), os.RemoveAll(filepath.Join(dir, "base/5")), os.RemoveAll(filepath.Join(away, version, "16401")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, dir, "base/16403/112", "x") // came later
+	var got []string
+	for f, err := range d.Files(t.Context()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(f.Path, "/base/") || strings.Contains(f.Path, version+"/") {
+			got = append(got, f.Path)
+			if f.Dir && f.Mode != 0o700 {
+				t.Errorf("%s: mode %v", f.Path, f.Mode)
+			}
+		}
+	}
+	space := "tablespaces/16399/" + version
+	want := []string{"data/base/1", "data/base/1/112", "data/base/16400", "data/base/16403", "data/base/16403/112", "data/base/5", space + "/16401", space + "/16402", space + "/16402/112"}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
 	}
 }
 

@@ -10,7 +10,6 @@ import (
 	"io"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"github.com/pgkeep/pgkeep/internal/pg"
 )
@@ -64,18 +63,14 @@ func (m *Manifest) Add(path string, size int64, modified time.Time, crc uint32) 
 	if p.rest == "" || strings.HasPrefix(below, "pg_wal/") || below == "backup_manifest" {
 		return m.err
 	}
-	name := "\"Path\": " + quote(below)
-	if !utf8.ValidString(below) {
-		name = fmt.Sprintf("\"Encoded-Path\": \"%x\"", below)
-	}
 	separator := ","
 	if m.files == 0 {
 		separator = ""
 	}
 	m.files++
 	// The four bytes of the sum stand in the order they have in memory.
-	m.printf("%s\n{ %s, \"Size\": %d, \"Last-Modified\": \"%s GMT\", \"Checksum-Algorithm\": \"CRC32C\", \"Checksum\": \"%x\" }",
-		separator, name, size, modified.UTC().Format(time.DateTime), binary.LittleEndian.AppendUint32(nil, crc))
+	m.printf("%s\n{ \"Path\": %s, \"Size\": %d, \"Last-Modified\": \"%s GMT\", \"Checksum-Algorithm\": \"CRC32C\", \"Checksum\": \"%x\" }",
+		separator, quote(below), size, modified.UTC().Format(time.DateTime), binary.LittleEndian.AppendUint32(nil, crc))
 	return m.err
 }
 

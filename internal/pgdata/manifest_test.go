@@ -23,7 +23,7 @@ func TestManifestIsWrittenAsPostgreSQLDoes(t *testing.T) {
 		var b strings.Builder
 		m := pgdata.NewManifest(&b, tt.major, 7_300_000_000_000_000_001)
 		for _, path := range []string{"config/000/pg_hba.conf", "data/PG_VERSION", "data/pg_wal/000000010000000000000001",
-			"data/<\"\\\n\u00e9>", "data/caf\xe9", "tablespaces/16399/PG_15_202209061/5/16400"} {
+			"data/<\"\\\n\u00e9>", "tablespaces/16399/PG_15_202209061/5/16400"} {
 			if err := m.Add(path, 3, modified, 0x01020304); err != nil {
 				t.Fatal(err)
 			}
@@ -35,7 +35,6 @@ func TestManifestIsWrittenAsPostgreSQLDoes(t *testing.T) {
 		want := tt.head + `"Files": [
 { "Path": "PG_VERSION` + rest + `,
 { "Path": "<\"\\\n` + "\u00e9" + `>` + rest + `,
-{ "Encoded-Path": "636166e9` + rest + `,
 { "Path": "pg_tblspc/16399/PG_15_202209061/5/16400` + rest + `
 ],
 "WAL-Ranges": [
