@@ -2,6 +2,7 @@ package worker_test
 
 import (
 	"encoding/json"
+	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -140,23 +141,71 @@ func (r *rig) unsaid(t *testing.T, run client.WorkflowRun, secrets ...string) {
 	}
 }
 
-// What the address is, and to whom, no error tells.
-func TestAddressesAreInNoError(t *testing.T) {
-	closed := httptest.NewServer(nil)
-	closed.Close()
-	n, err := notify.New(closed.URL+"/T0pS3cr3t", "", true)
+// A cluster whose worker is dead is told of by another; a start that finds a run
+// going on is told of too; and who was told is not told again because another
+// address does not answer.
+func TestPeopleAreToldOfTheDead(t *testing.T) {
+	r := setup(t)
+	hook, watch := &listener{}, &listener{answer: []int{http.StatusBadGateway, http.StatusBadGateway}}
+	hooks, watches := httptest.NewServer(hook), httptest.NewServer(watch)
+	defer hooks.Close()
+	defer watches.Close()
+	var err error
+	if r.notifier, err = notify.New(hooks.URL, watches.URL, true); err != nil {
+		t.Fatal(err)
+	}
+	r.serve(t, time.Second)
+	ctx := t.Context()
+	run, err := r.client.ExecuteWorkflow(ctx, client.StartWorkflowOptions{ID: "of-the-dead", TaskQueue: workflows.Queue},
+		workflows.WALAuditName, workflows.WALAuditRequest{Cluster: "main", Host: "dead"})
+	if err == nil {
+		err = r.client.CancelWorkflow(ctx, run.GetID(), run.GetRunID())
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = n.Tell(t.Context(), notify.Notice{})
-	if err == nil || strings.Contains(err.Error(), "T0pS3cr3t") || strings.Contains(err.Error(), closed.Listener.Addr().String()) {
-		t.Errorf("got %v", err)
+	if err := run.Get(ctx, nil); err == nil {
+		t.Fatal("a dead host audited its archive")
 	}
+	if got := hook.heard(); len(got) != 1 || !strings.Contains(got[0], "audit of the archive of main on dead cancelled") {
+		t.Errorf("of a dead host, the webhook heard %q", got)
+	}
+
+	release := r.hold(t)
+	first := r.start(t)
+	until(t, "it dumps", func() bool { return r.waiting(t) })
+	second, err := r.client.ExecuteWorkflow(ctx, client.StartWorkflowOptions{ID: "second", TaskQueue: workflows.Queue},
+		workflows.ScheduledName, workflows.ScheduledRequest{Cluster: "main", Kind: workflows.Logical, Host: "db1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := second.Get(ctx, nil); err == nil {
+		t.Fatal("two ran at once")
+	}
+	if got := hook.heard(); len(got) != 1 || !strings.Contains(got[0], `"reason":"already-running"`) || !strings.Contains(got[0], `"run":"second/`) {
+		t.Errorf("of a start that found a run going on, the webhook heard %q", got)
+	}
+	record(t, r.client, second, "scheduled-refused")
+	release()
+	if err := first.Get(ctx, nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := hook.heard(); len(got) != 1 {
+		t.Errorf("because the watch did not answer, the webhook heard %q", got)
+	}
+	if got := watch.heard(); len(got) != 3 {
+		t.Errorf("the watch was asked %q, want three times", got)
+	}
+	record(t, r.client, run, "told-by-another")
+}
+
+// An address that is none is not shown.
+func TestAddressesAreInNoError(t *testing.T) {
 	if _, err := notify.New("T0pS3cr3t", "", true); err == nil || strings.Contains(err.Error(), "T0pS3cr3t") {
 		t.Errorf("got %v", err)
 	}
 	var nobody *notify.Notifier
-	if err := nobody.Tell(t.Context(), notify.Notice{}); err != nil {
+	if err := errors.Join(nobody.Call(t.Context(), notify.Notice{}), nobody.Ping(t.Context(), notify.Notice{})); err != nil {
 		t.Error(err)
 	}
 }

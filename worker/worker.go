@@ -104,7 +104,11 @@ func Run(ctx context.Context, opt Options) error {
 	}
 	local.RegisterActivityWithOptions(expiry, activity.RegisterOptions{})
 
-	local.RegisterActivityWithOptions(&activities.Teller{Notifier: opt.Notifier}, activity.RegisterOptions{})
+	teller := &activities.Teller{Notifier: opt.Notifier}
+	local.RegisterActivityWithOptions(teller, activity.RegisterOptions{})
+	if opt.Notifier != nil { // of other hosts too, when their workers are dead
+		shared.RegisterActivityWithOptions(teller, activity.RegisterOptions{})
+	}
 
 	workers := []sdk.Worker{shared, local}
 	for i, w := range workers {

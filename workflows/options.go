@@ -112,10 +112,11 @@ func cleanup(host, summary string) workflow.ActivityOptions {
 }
 
 // telling is for news of a run that is over. Whoever waits for the next one must
-// not wait long for somebody's webhook.
-func telling(host, summary string) workflow.ActivityOptions {
-	opt := quick(host, summary)
-	opt.ScheduleToStartTimeout, opt.StartToCloseTimeout, opt.ScheduleToCloseTimeout = 2*time.Minute, time.Minute, 10*time.Minute
+// not wait long for somebody's webhook, nor for somebody to call it.
+func telling(queue string, taken time.Duration, summary string) workflow.ActivityOptions {
+	opt := quick("", summary)
+	opt.TaskQueue = queue
+	opt.ScheduleToStartTimeout, opt.StartToCloseTimeout, opt.ScheduleToCloseTimeout = taken, time.Minute, 10*time.Minute
 	return opt
 }
 

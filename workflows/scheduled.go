@@ -11,6 +11,7 @@ import (
 
 	"github.com/pgkeep/pgkeep/activities"
 	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/notify"
 	"github.com/pgkeep/pgkeep/internal/proof"
 )
 
@@ -45,9 +46,10 @@ func Scheduled(ctx workflow.Context, req ScheduledRequest) (res converter.RawVal
 	err = workflow.ExecuteChildWorkflow(workflow.WithChildOptions(ctx, opt), name, request).Get(ctx, &res)
 	var running *temporal.ChildWorkflowExecutionAlreadyStartedError
 	if errors.As(err, &running) {
-		return res, temporal.NewNonRetryableApplicationError(
+		err = temporal.NewNonRetryableApplicationError(
 			fmt.Sprintf("a %s of %s is running already, as workflow %s: this one was not started", what(req.Kind), req.Cluster, opt.WorkflowID),
 			string(fail.AlreadyRunning), nil, activities.Advice{Hint: fail.HintOf(fail.AlreadyRunning)})
+		tell(ctx, notify.Notice{Cluster: req.Cluster, Kind: req.Kind, Host: req.Host}, err) // else the run that was started does
 	}
 	return res, err
 }

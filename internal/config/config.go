@@ -37,7 +37,7 @@ type Config struct {
 	Log Log `yaml:"log"`
 	// What `pgkeep worker` tells Prometheus.
 	Metrics Metrics `yaml:"metrics"`
-	// Who is told how the runs of this host's clusters end.
+	// Who is told how the runs of this host's clusters end, and of other hosts' when their workers do not answer.
 	Notify Notify `yaml:"notify"`
 	// The PostgreSQL clusters to back up, by name. The name stands in object keys and workflow ids: lower-case letters, digits, `_` and `-`, at most 63 bytes.
 	Clusters map[Name]Cluster `yaml:"clusters"`

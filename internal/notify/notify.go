@@ -6,13 +6,16 @@ package notify
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
@@ -104,33 +107,37 @@ func (n *Notifier) GoString() string { return "notify.Notifier" }
 // String hides the addresses.
 func (n *Notifier) String() string { return "notify.Notifier" }
 
-// Tell tells whoever is to hear of it. An error that another try does not mend is
-// of kind fail.BadConfig. Who was told is told again by another call.
-func (n *Notifier) Tell(ctx context.Context, about Notice) error {
-	if n == nil {
+// Call calls the webhook, if there is one that is to hear of it. An error that
+// another try does not mend is of kind fail.BadConfig.
+func (n *Notifier) Call(ctx context.Context, about Notice) error {
+	if n == nil || n.webhook == "" || about.Outcome == Done && !n.all {
 		return nil
 	}
-	var errs []error
-	if n.webhook != "" && (n.all || about.Outcome != Done) {
-		body, err := json.Marshal(struct {
-			Text   string `json:"text"`
-			Schema string `json:"schema"`
-			Notice
-		}{marked.Replace(about.Text()), "pgkeep.notice/1", about})
-		if err == nil {
-			err = n.send(ctx, http.MethodPost, n.webhook, body)
-		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("call the webhook: %w", err))
-		}
+	body, err := json.Marshal(struct {
+		Text   string `json:"text"`
+		Schema string `json:"schema"`
+		Notice
+	}{marked.Replace(about.Text()), "pgkeep.notice/1", about})
+	if err == nil {
+		err = n.send(ctx, http.MethodPost, n.webhook, body)
 	}
-	if n.ping != "" && about.Outcome == Done {
-		address := strings.NewReplacer("{cluster}", url.PathEscape(about.Cluster), "{kind}", url.PathEscape(about.Kind)).Replace(n.ping)
-		if err := n.send(ctx, http.MethodGet, address, nil); err != nil {
-			errs = append(errs, fmt.Errorf("ping the watch: %w", err))
-		}
+	if err != nil {
+		return fmt.Errorf("call the webhook: %w", err)
 	}
-	return errors.Join(errs...)
+	return nil
+}
+
+// Ping tells the watch, if there is one, of a run that ended well. Its errors are
+// as those of Call.
+func (n *Notifier) Ping(ctx context.Context, about Notice) error {
+	if n == nil || n.ping == "" || about.Outcome != Done {
+		return nil
+	}
+	address := strings.NewReplacer("{cluster}", url.PathEscape(about.Cluster), "{kind}", url.PathEscape(about.Kind)).Replace(n.ping)
+	if err := n.send(ctx, http.MethodGet, address, nil); err != nil {
+		return fmt.Errorf("ping the watch: %w", err)
+	}
+	return nil
 }
 
 func (n *Notifier) send(ctx context.Context, method, address string, body []byte) error {
@@ -163,15 +170,31 @@ func (n *Notifier) send(ctx context.Context, method, address string, body []byte
 
 // hidden says what went wrong on the way without the name of who was called.
 func hidden(err error) error {
-	switch {
-	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
 		return err
 	}
-	if t, ok := errors.AsType[interface {
-		error
-		Timeout() bool
-	}](err); ok && t.Timeout() {
+	if dns, ok := errors.AsType[*net.DNSError](err); ok {
+		if dns.IsNotFound {
+			return errors.New("its name is not known to DNS")
+		}
+		return errors.New("DNS does not answer")
+	}
+	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
+		return errors.New("its certificate is not to be trusted")
+	}
+	if errors.Is(err, http.ErrSchemeMismatch) {
+		return errors.New("it does not speak TLS")
+	}
+	if t, ok := errors.AsType[net.Error](err); ok && t.Timeout() {
 		return errors.New("no answer in time")
+	}
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return errors.New("the connection was refused")
+	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
+		return errors.New("there is no way to its host")
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET):
+		return errors.New("the connection was cut")
 	}
 	return errors.New("no connection")
 }
