@@ -8,6 +8,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/pgkeep/pgkeep/internal/audit"
 	"github.com/pgkeep/pgkeep/internal/health"
 	"github.com/pgkeep/pgkeep/internal/repo"
 )
@@ -67,7 +68,7 @@ func (e *env) look(ctx context.Context, cluster string) ([]examined, error) {
 	var all []examined
 	for _, name := range names {
 		now := time.Now()
-		s, err := health.Look(ctx, r, name, now)
+		s, err := health.Look(ctx, r, name, audit.Memory(cfg.Spool), now)
 		if err != nil {
 			return nil, err
 		}

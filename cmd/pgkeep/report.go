@@ -10,6 +10,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/pgkeep/pgkeep/internal/audit"
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/durable"
 	"github.com/pgkeep/pgkeep/internal/health"
@@ -52,7 +53,7 @@ func (e *env) report(ctx context.Context, cluster, output string) error {
 		facts.Unscheduled = "Next runs are not known: " + oneLine(err.Error())
 	}
 	for _, name := range names {
-		s, err := health.Look(ctx, r, name, now)
+		s, err := health.Look(ctx, r, name, audit.Memory(cfg.Spool), now)
 		if err != nil {
 			return err
 		}

@@ -87,7 +87,7 @@ func (e *env) worker(ctx context.Context, grace time.Duration) error {
 	if err != nil {
 		return err
 	}
-	measured, stop, err := serveMetrics(ctx, string(cfg.Metrics.Listen), metrics.Options{Clusters: audits, Log: log, Promises: promises})
+	measured, stop, err := serveMetrics(ctx, string(cfg.Metrics.Listen), metrics.Options{Clusters: audits, Log: log, Memory: audit.Memory(cfg.Spool), Promises: promises})
 	if err != nil {
 		return err
 	}

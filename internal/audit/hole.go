@@ -93,7 +93,7 @@ func (l Ledger) missed(t pg.Timeline, missing []Range, bases []Base) []Range {
 			continue
 		}
 		if r.To > floor {
-			own.add(Range{floor, r.To, r.First, r.Last})
+			own.add(Range{From: floor, To: r.To, First: r.First, Last: r.Last})
 		}
 		for _, b := range bases {
 			for _, s := range l.path(b.Timeline) {
@@ -102,7 +102,7 @@ func (l Ledger) missed(t pg.Timeline, missing []Range, bases []Base) []Range {
 				}
 				from := max(r.From, s.from, b.Start-b.Start%pg.LSN(l.SegmentSize))
 				if to := min(r.To, floor, s.to, b.Stop+(pg.LSN(l.SegmentSize)-b.Stop%pg.LSN(l.SegmentSize))%pg.LSN(l.SegmentSize)); from < to {
-					own.add(Range{from, to, r.First, r.Last})
+					own.add(Range{From: from, To: to, First: r.First, Last: r.Last})
 				}
 			}
 		}

@@ -36,9 +36,10 @@ type Timeline struct {
 // A Range is a run of segments without a gap.
 type Range struct {
 	From  pg.LSN    `json:"from"`
-	To    pg.LSN    `json:"to"`    // where the next segment would begin
-	First time.Time `json:"first"` // when the earliest of them was archived, by the store's clock
-	Last  time.Time `json:"last"`  // when the one with the highest position was
+	To    pg.LSN    `json:"to"`              // where the next segment would begin
+	First time.Time `json:"first"`           // when the earliest of them was archived, by the store's clock
+	Last  time.Time `json:"last"`            // when the one with the highest position was
+	Bytes int64     `json:"bytes,omitempty"` // as stored; of a range that was cut, an estimate
 }
 
 // Segments is how many segments r has.
@@ -63,9 +64,22 @@ func (l Ledger) of(t pg.Timeline) Timeline {
 	return Timeline{ID: t}
 }
 
+// Bytes is what the segments take as stored.
+func (l Ledger) Bytes() (sum int64) {
+	for _, t := range l.Timelines {
+		for _, r := range t.Ranges {
+			sum += r.Bytes
+		}
+	}
+	return sum
+}
+
 // Add enters a file that is no history, archived at that time. It fails for a
 // name that the segment size rules out.
-func (l *Ledger) Add(n pg.WALName, archived time.Time) error {
+func (l *Ledger) Add(n pg.WALName, archived time.Time) error { return l.add(n, archived, 0) }
+
+// add is Add, with what it takes.
+func (l *Ledger) add(n pg.WALName, archived time.Time, stored int64) error {
 	start, err := n.Start(l.SegmentSize)
 	if err != nil {
 		return err
@@ -77,7 +91,7 @@ func (l *Ledger) Add(n pg.WALName, archived time.Time) error {
 	t := l.timeline(n.Timeline)
 	switch n.Kind {
 	case pg.Segment:
-		t.add(Range{start, end, archived, archived})
+		t.add(Range{start, end, archived, archived, stored})
 	case pg.Partial:
 		if i, found := slices.BinarySearch(t.Partials, start); !found {
 			t.Partials = slices.Insert(t.Partials, i, start)
@@ -106,7 +120,7 @@ func (t *Timeline) add(r Range) {
 		if have.First.Before(r.First) {
 			r.First = have.First
 		}
-		r.From, r.To = min(r.From, have.From), max(r.To, have.To)
+		r.From, r.To, r.Bytes = min(r.From, have.From), max(r.To, have.To), r.Bytes+have.Bytes
 	}
 	t.Ranges = slices.Replace(t.Ranges, i, j, r)
 }

@@ -111,6 +111,7 @@ func (l Ledger) over(n pg.WALName, gone repo.Expiry) (over Range, last pg.WALNam
 		if r.From <= start && start < r.To && (Range{From: start, To: r.To}).Segments(l.SegmentSize) > leap {
 			name, _ := pg.SegmentName(n.Timeline, r.To-1, l.SegmentSize) // the size is valid
 			last, err := pg.ParseWALName(name)
+			r.Bytes = int64(float64(r.Bytes) * float64(r.To-start) / float64(r.To-r.From))
 			r.From = start
 			return r, last, err == nil
 		}
@@ -146,7 +147,7 @@ func (l *Ledger) enter(ctx context.Context, r *repo.Repo, o repo.WALObject, know
 		}
 		l.SegmentSize = pg.SegmentSize(size)
 	}
-	if err := l.Add(o.Name, o.Modified); err != nil {
+	if err := l.add(o.Name, o.Modified, o.Stored); err != nil {
 		return err.Error(), nil
 	}
 	return "", nil

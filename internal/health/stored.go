@@ -41,8 +41,8 @@ type Test struct {
 func (t Test) Answered() bool { return t.Err == nil && proof.Answered(t.Proof, t.Report) }
 
 // Look reads what the repository holds of a cluster. It takes no key that opens
-// data. now is when it begins.
-func Look(ctx context.Context, r *repo.Repo, cluster string, now time.Time) (Stored, error) {
+// data. now is when it begins, and m what earlier looks found.
+func Look(ctx context.Context, r *repo.Repo, cluster string, m audit.Memory, now time.Time) (Stored, error) {
 	s := Stored{Cluster: cluster}
 	all, err := r.Backups(ctx, cluster)
 	if err != nil {
@@ -61,7 +61,7 @@ func Look(ctx context.Context, r *repo.Repo, cluster string, now time.Time) (Sto
 	if err := group.Wait(); err != nil {
 		return s, err
 	}
-	s.Archives, err = audit.Take(ctx, r, cluster, nil, now)
+	s.Archives, err = m.Take(ctx, r, cluster, now)
 	return s, err
 }
 

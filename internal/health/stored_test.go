@@ -120,7 +120,7 @@ func TestHolesAreFoundAndGoWhenFilled(t *testing.T) {
 	}
 	look := func() health.Stored {
 		t.Helper()
-		s, err := health.Look(t.Context(), r, "main", time.Now().Add(2*audit.Grace))
+		s, err := health.Look(t.Context(), r, "main", "", time.Now().Add(2*audit.Grace))
 		if err != nil {
 			t.Fatal(err)
 		}

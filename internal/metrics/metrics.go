@@ -34,6 +34,7 @@ type Options struct {
 	Clusters []*audit.Auditor // of this host
 	Log      *slog.Logger
 
+	Memory   audit.Memory       // where looks note what they found; "": each lists all
 	Promises map[string]Promise // what the configuration says of each cluster, by name
 	Rarely   time.Duration      // how often all that is stored is listed; 0: 10 minutes
 	Often    time.Duration      // how often the server, its newest segment and Temporal are asked; 0: 30 s
@@ -180,7 +181,7 @@ func (m *Metrics) lookRepository(ctx context.Context, w *watch) {
 		if err != nil {
 			return nil, err
 		}
-		stored, err := health.Look(ctx, r, w.auditor.Name, time.Now())
+		stored, err := health.Look(ctx, r, w.auditor.Name, m.opt.Memory, time.Now())
 		if err != nil {
 			return nil, err
 		}

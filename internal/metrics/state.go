@@ -27,7 +27,7 @@ type State struct {
 
 	Promise   Promise
 	Stored    health.Stored
-	Usage     repo.Usage
+	Usage     map[repo.ID]int64            // bytes of backups, by who wrote them
 	Newest    Segment                      // of the archive that is written to
 	Archiver  cluster.Archiver             // counts only while the newest look at the server was good
 	Schedules map[string]schedule.Existing // by kind; likewise
@@ -119,7 +119,10 @@ func (s *State) window() (newest health.Moments) {
 // the log, or of other backups, which are deleted or in progress.
 func (s *State) stored(kind string) (bytes int64) {
 	if kind == kindWAL {
-		return s.Usage.WAL
+		for _, a := range s.Stored.Archives {
+			bytes += a.Bytes()
+		}
+		return bytes
 	}
 	kinds := make(map[repo.ID]string)
 	for _, b := range s.Stored.Backups {
@@ -127,7 +130,7 @@ func (s *State) stored(kind string) (bytes int64) {
 			kinds[b.ID] = string(b.Kind)
 		}
 	}
-	for id, n := range s.Usage.Backups {
+	for id, n := range s.Usage {
 		if of, ok := kinds[id]; ok && of == kind || !ok && kind == kindOther {
 			bytes += n
 		}

@@ -28,10 +28,10 @@ func TestUsage(t *testing.T) {
 		}
 	}
 	u, err := b.r.Usage(ctx, "main")
-	if err != nil || len(u.Backups) != 2 || u.Backups["20261122T230633Z-9b561eec"] != 321 || u.Backups["20261123T230633Z-9b561eec"] != 4000 || u.WAL != 60000 {
+	if err != nil || len(u) != 2 || u["20261122T230633Z-9b561eec"] != 321 || u["20261123T230633Z-9b561eec"] != 4000 {
 		t.Errorf("%+v, %v", u, err)
 	}
-	if u, err := b.r.Usage(ctx, "none"); err != nil || len(u.Backups) != 0 || u.WAL != 0 {
+	if u, err := b.r.Usage(ctx, "none"); err != nil || len(u) != 0 {
 		t.Errorf("of a cluster that there is nothing of: %+v, %v", u, err)
 	}
 }
