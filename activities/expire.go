@@ -34,17 +34,23 @@ type PlanExpireRequest struct {
 // PlanExpireResult is what would go.
 type PlanExpireResult struct {
 	Plan retention.Plan `json:"plan"`
+	// Locked is which objects were locked anew; nil: locks are left alone.
+	Locked *retention.Locking `json:"locked,omitempty"`
 }
 
 // expiring is how long listing and deleting may take without a word of how far
 // it is.
 const expiring = time.Hour
 
-// PlanExpire decides what goes. It fails if that is too much, or not certain.
+// PlanExpire decides what goes. It fails if that is too much, or not certain. First
+// of all it locks anew what stands, if that is wanted: whatever becomes of the plan.
 func (e *Expiry) PlanExpire(ctx context.Context, req PlanExpireRequest) (res PlanExpireResult, err error) {
 	err = watched(ctx, "plan", 0, expiring, func(ctx context.Context, _ moved) error {
 		x, err := e.expirer(req.Cluster)
 		if err != nil {
+			return err
+		}
+		if res.Locked, err = x.Relock(ctx); err != nil {
 			return err
 		}
 		if res.Plan, err = x.Plan(ctx); err != nil {

@@ -38,6 +38,9 @@ func Expire(ctx workflow.Context, req ExpireRequest) (res ExpireResult, err erro
 	if err := do(ctx, expiring(req.Host, "what does nobody need?"), expiry.PlanExpire, activities.PlanExpireRequest{Cluster: req.Cluster, Confirm: req.Confirm}).Get(ctx, &res.PlanExpireResult); err != nil {
 		return res, noWorker(err, req.Host)
 	}
+	if l := res.Locked; l != nil {
+		b.row("Locked anew", fmt.Sprintf("%d of %d objects, until %s", l.Due, l.Objects, l.Until.Format("2006-01-02 15:04:05Z")))
+	}
 	going := res.Plan.Removals()
 	b.row("Backups", fmt.Sprintf("%d, of which %d go", len(res.Plan.Backups), len(going)))
 	for _, w := range res.Plan.WAL {

@@ -2,12 +2,14 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -56,11 +58,17 @@ func bucketSuggestCommand(e *env) *cli.Command {
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "role", Usage: "print the policy of `ROLE`: archiver, backup, restore or expirer"},
 			&cli.StringSliceFlag{Name: "principal", Usage: "of the bucket, for the identity `ARN`; may be repeated"},
-			&cli.IntFlag{Name: "days", Value: 30, Usage: "keep what was deleted for `N` days, and lock what is new for as many"},
+			&cli.IntFlag{Name: "days", DefaultText: "retention.lock, or 30", Usage: "keep what was deleted for `N` days, and lock what is new for as many"},
 			boolFlag("basic", "without the conditions that only Amazon evaluates"),
 		},
 		Action: func(c *cli.Context) error {
-			return e.bucketSuggest(c.String("role"), c.StringSlice("principal"), c.Int("days"), c.Bool("basic"))
+			days := 0
+			if c.IsSet("days") {
+				if days = c.Int("days"); days < 1 {
+					return config.Errorf("--days is %d, and must be 1 at least", days)
+				}
+			}
+			return e.bucketSuggest(c.String("role"), c.StringSlice("principal"), days, c.Bool("basic"))
 		},
 	}
 }
@@ -138,12 +146,18 @@ func (e *env) bucketSuggest(role string, principals []string, days int, basic bo
 		return fail.Hint(config.Errorf("repository.url is %s, and names no bucket", url), "this is for repositories in S3")
 	case len(cfg.Clusters) == 0:
 		return fail.Hint(config.Errorf("no cluster in the configuration"), "describe one under clusters: a role may touch only what belongs to those")
-	case days < 1:
-		return config.Errorf("--days is %d, and must be 1 at least", days)
 	}
 	l := bucket.Layout{Bucket: url.Bucket, Prefix: url.Prefix, Basic: basic}
 	for _, name := range slices.Sorted(maps.Keys(cfg.Clusters)) {
 		l.Clusters = append(l.Clusters, string(name))
+		if k := cfg.Clusters[name].Retention; k.Lock > 0 {
+			const day = 24 * time.Hour
+			l.LockDays = max(l.LockDays, int((k.Lock+day-1)/day))
+			l.Governance = k.LockMode == config.LockGovernance
+		}
+	}
+	if days == 0 {
+		days = cmp.Or(l.LockDays, 30)
 	}
 	if role != "" {
 		r, err := bucket.ParseRole(role)

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/xml"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -18,6 +19,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -26,9 +28,11 @@ import (
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
 	"github.com/aws/aws-sdk-go-v2/service/s3/types"
+	"github.com/aws/smithy-go"
 
 	"github.com/pgkeep/pgkeep/internal/bucket"
 	"github.com/pgkeep/pgkeep/internal/cluster"
+	"github.com/pgkeep/pgkeep/internal/health"
 	"github.com/pgkeep/pgkeep/internal/lab"
 )
 
@@ -84,18 +88,21 @@ func newGuarded(t *testing.T) *guarded {
 repository: {url: 's3://%[1]s/prod', endpoint: '%[2]s', ca_file: %[3]s/ca.pem, access_key_id: %[4]s, secret_access_key_file: %[3]s/%[5]s.secret}
 keys: {signing_key: %[3]s/signing.key, metadata_identity: %[3]s/metadata.key%[6]s}
 spool: %[3]s/spool
-host: db1
+host: %[8]s
+restore_test: {directory: %[3]s/sandbox}
 temporal: {address: "127.0.0.1:9"} # nobody is there
-clusters: {main: {conninfo: "%[7]s", retention: {daily: 1}}}
+clusters: {main: {host: db1, conninfo: "%[7]s", retention: {daily: 1, lock: 2d, lock_mode: compliance, host: store1}}}
 `, server.Bucket, g.gate.url, g.dir, key, role, map[bool]string{true: ", identity: " + g.operator}[role == "restore"],
-			strings.Replace(g.pg.Conninfo(), "user=postgres", "user=keeper", 1))
+			strings.Replace(g.pg.Conninfo(), "user=postgres", "user=keeper", 1), map[bool]string{true: "store1", false: "db1"}[role == "expirer"])
 		file := g.write(role+".yaml", text)
 		if role == "root" {
 			g.config = file
 		}
 	}
-	if err := os.Mkdir(filepath.Join(g.dir, "spool"), 0o700); err != nil {
-		t.Fatal(err)
+	for _, dir := range []string{"spool", "sandbox"} {
+		if err := os.Mkdir(filepath.Join(g.dir, dir), 0o700); err != nil {
+			t.Fatal(err)
+		}
 	}
 	api, done, err := server.API(server.AccessKeyID, server.SecretAccessKey)
 	if err != nil {
@@ -174,7 +181,8 @@ func TestRolesDoTheirWorkAndNoHarm(t *testing.T) {
 	g.as(bucket.Backup, "backup", "--direct", "--kind", "physical", "main") // waits for the archiver
 	g.as(bucket.Backup, "backup", "--direct", "--kind", "logical", "main")
 	g.as(bucket.Backup, "backup", "--direct", "--kind", "physical", "main")
-	g.as(bucket.Backup, "wal", "audit")
+	g.as(bucket.Backup, "wal", "audit", "--fill")
+	g.examined(bucket.Backup)
 	g.as(bucket.Backup, "verify", "--all")
 	g.as(bucket.Restore, "verify", "--full", "--all")
 	g.as(bucket.Restore, "windows")
@@ -182,10 +190,22 @@ func TestRolesDoTheirWorkAndNoHarm(t *testing.T) {
 	g.as(bucket.Restore, "restore", "--target-dir", dir)
 	g.as(bucket.Restore, "restore", "--target", g.pg.Conninfo(), "--database", "shop", "--to", "copy", "latest")
 	g.same("shop", "copy")
+	g.as(bucket.Restore, "restore-test", "--direct", "--cluster", "main")
+	g.fetch(dir)
 	var list struct{ Backups []struct{ ID string } }
 	g.decode(g.as(bucket.Expirer, "list", "--json"), &list)
 	g.as(bucket.Expirer, "delete", "--yes", list.Backups[0].ID)
+	g.as(bucket.Expirer, "hold", "add", "--reason", "a test", list.Backups[1].ID)
+	g.as(bucket.Expirer, "hold", "remove", list.Backups[1].ID)
+	if out := g.as(bucket.Expirer, "expire"); !regexp.MustCompile(`locked: \d+ objects, the first until .*: \d+ are due, until`).MatchString(out) {
+		t.Errorf("planned:\n%s", out)
+	}
 	g.as(bucket.Expirer, "expire", "--apply", "--yes")
+	if out := g.as(bucket.Expirer, "expire"); !strings.Contains(out, ": none is due") {
+		t.Errorf("planned once more:\n%s", out)
+	}
+	g.locked(36 * time.Hour)
+	g.examined(bucket.Expirer)
 	g.as(bucket.Restore, "verify", "--all")
 	if shown := g.as(bucket.Archiver, "bucket", "show"); strings.Count(shown, "not readable with these credentials") != 4 {
 		t.Errorf("shown to the archiver:\n%s", shown)
@@ -195,13 +215,17 @@ func TestRolesDoTheirWorkAndNoHarm(t *testing.T) {
 	}
 	g.gate.mu.Lock()
 	for _, what := range g.gate.denied {
-		if !strings.Contains(what, "archiver: s3:GetBucket") && !strings.Contains(what, "archiver: s3:GetLifecycle") {
+		if !regexp.MustCompile(`: s3:(GetBucket|GetLifecycle)|: s3:(Delete|Put)Object on .*/probe/`).MatchString(what) { // doctor tries what it may
 			t.Errorf("denied on the way: %s", what)
 		}
 	}
 	g.gate.mu.Unlock()
 
-	before := g.versions()
+	before, locks := g.versions(), make(map[string]time.Time)
+	for version := range before {
+		key, id, _ := strings.Cut(version, " ")
+		locks[version] = g.lock(key, id)
+	}
 	tried := 0
 	for _, r := range bucket.Roles() {
 		for where, endpoint := range map[string]string{"the gate": g.gate.url, "versitygw": g.s3.Endpoint} {
@@ -213,11 +237,86 @@ func TestRolesDoTheirWorkAndNoHarm(t *testing.T) {
 		if after[version] != object {
 			t.Errorf("version %s of %s is lost", version, object)
 		}
+		key, id, _ := strings.Cut(version, " ")
+		if now := g.lock(key, id); now.Before(locks[version]) {
+			t.Errorf("version %s was locked until %v, and is until %v", version, locks[version], now)
+		}
 	}
 	if len(before) < 30 || tried < 500 {
 		t.Errorf("%d attacks on %d versions: too few to tell", tried, len(before))
 	}
 	t.Logf("%d attacks on %d versions", tried, len(before))
+}
+
+// examined has doctor look at the host of a role: of the bucket it finds only that
+// nobody there may read its settings.
+func (g *guarded) examined(r bucket.Role) {
+	g.t.Helper()
+	var all struct{ Findings []health.Finding }
+	_, out, said := g.with(g.t.Context(), filepath.Join(g.dir, string(r)+".yaml"), "doctor", "--json")
+	g.own()
+	if err := json.Unmarshal([]byte(out), &all); err != nil {
+		g.t.Fatalf("doctor as %s: %v\n%s%s", r, err, out, said)
+	}
+	for _, f := range all.Findings {
+		if name := f.Name; strings.HasPrefix(name, "store-") || strings.HasPrefix(name, "lock-") || name == "repository" {
+			g.t.Errorf("doctor as %s: %s: %s", r, name, f.What)
+		}
+	}
+}
+
+// fetch brings back a segment as a recovery of a data directory does.
+func (g *guarded) fetch(dir string) {
+	g.t.Helper()
+	var archived []string
+	for version := range g.versions() {
+		if name := regexp.MustCompile(`/wal/.*/([0-9A-F]{24})\.zst`).FindStringSubmatch(version); name != nil {
+			archived = append(archived, name[1])
+		}
+	}
+	to := filepath.Join(g.dir, "fetched")
+	cmd := exec.Command(filepath.Join(g.dir, "pgkeep-wal"), "fetch", "--config", filepath.Join(g.dir, "restore.yaml"), "--pgdata", dir, slices.Max(archived), to)
+	if err := lab.AsServer(cmd); err != nil {
+		g.t.Fatal(err)
+	}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		g.t.Errorf("fetch: %v\n%s", err, out)
+	}
+	if info, err := os.Stat(to); err != nil || info.Size() != 1<<20 {
+		g.t.Errorf("fetched: %v, %v", info, err)
+	}
+}
+
+// lock is when that of a version ends; zero: there is none.
+func (g *guarded) lock(key, version string) time.Time {
+	g.t.Helper()
+	out, err := g.root.GetObjectRetention(g.t.Context(), &s3.GetObjectRetentionInput{Bucket: &g.s3.Bucket, Key: &key, VersionId: &version})
+	if none, ok := errors.AsType[smithy.APIError](err); ok && none.ErrorCode() == "NoSuchObjectLockConfiguration" {
+		return time.Time{}
+	}
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	return *out.Retention.RetainUntilDate
+}
+
+// locked looks whether everything is, for so long at least.
+func (g *guarded) locked(atLeast time.Duration) {
+	g.t.Helper()
+	objects := 0
+	for version := range g.versions() {
+		key, id, _ := strings.Cut(version, " ")
+		if _, err := g.root.HeadObject(g.t.Context(), &s3.HeadObjectInput{Bucket: &g.s3.Bucket, Key: &key}); err != nil || strings.Contains(key, "/latest-") || strings.Contains(key, "/probe/") {
+			continue // deleted
+		}
+		if until := g.lock(key, id); time.Until(until) < atLeast {
+			g.t.Errorf("%s is locked until %v", key, until)
+		}
+		objects++
+	}
+	if objects < 20 {
+		g.t.Errorf("only %d objects stand", objects)
+	}
 }
 
 // versions are the keys of all versions, with their content's tag.
@@ -319,8 +418,8 @@ func (g *guarded) attack(r bucket.Role, where, endpoint string) (tried int) {
 	}
 	for _, v := range g.victims() {
 		creates := map[bucket.Role]*regexp.Regexp{
-			bucket.Archiver: regexp.MustCompile(`/wal/[^/]*/(........|claims)/`),
-			bucket.Backup:   regexp.MustCompile(`/wal/[^/]*/(........|claims)/|/(intent|draft|manifest|proof)[^/]*$|/tree-|/packs/|/names/main|/latest-`),
+			bucket.Archiver: regexp.MustCompile(`/wal/([^/]*/(........|claims)|probe)/`),
+			bucket.Backup:   regexp.MustCompile(`/wal/([^/]*/(........|claims)|probe)/|/(intent|draft|manifest|proof)[^/]*$|/tree-|/packs/|/names/main|/latest-`),
 			bucket.Restore:  regexp.MustCompile(`/proof-`),
 			bucket.Expirer:  regexp.MustCompile(`/deleted\.json|/settled-|/hold-|/expired/|/latest-|/clock-`),
 		}[r].MatchString("/" + v.key)
@@ -343,6 +442,14 @@ func (g *guarded) attack(r bucket.Role, where, endpoint string) (tried int) {
 					Retention: &types.ObjectLockRetention{Mode: types.ObjectLockRetentionModeGovernance, RetainUntilDate: aws.Time(time.Now().Add(time.Minute))}})
 				return err
 			},
+			"lock for a century ": func() error {
+				if where == "versitygw" { // it evaluates no such condition
+					return errors.New("not tried")
+				}
+				_, err := api.PutObjectRetention(ctx, &s3.PutObjectRetentionInput{Bucket: b, Key: &v.key, VersionId: &v.version,
+					Retention: &types.ObjectLockRetention{Mode: types.ObjectLockRetentionModeCompliance, RetainUntilDate: aws.Time(time.Now().AddDate(100, 0, 0))}})
+				return err
+			},
 			"take the hold off ": func() error {
 				_, err := api.PutObjectLegalHold(ctx, &s3.PutObjectLegalHoldInput{Bucket: b, Key: &v.key, LegalHold: &types.ObjectLockLegalHold{Status: types.ObjectLockLegalHoldStatusOff}})
 				return err
@@ -352,7 +459,8 @@ func (g *guarded) attack(r bucket.Role, where, endpoint string) (tried int) {
 				return err
 			},
 		} {
-			try(what+v.key, false, do())
+			// An older version has no lock in versitygw: to give it one is the expirer's to do.
+			try(what+v.key, mayRemove && !v.locked && strings.HasPrefix(what, "shorten"), do())
 		}
 		_, err := api.PutObject(ctx, &s3.PutObjectInput{Bucket: b, Key: &v.key, Body: strings.NewReader("ransom"), IfNoneMatch: aws.String("*")})
 		try("create once more "+v.key, false, err)
@@ -372,7 +480,10 @@ func first(out *s3.DeleteObjectsOutput, err error) error {
 	return err
 }
 
-type victim struct{ key, version string }
+type victim struct {
+	key, version string
+	locked       bool // for longer than the attacks ask for
+}
 
 // victims are an object of each kind.
 func (g *guarded) victims() (all []victim) {
@@ -390,7 +501,7 @@ func (g *guarded) victims() (all []victim) {
 		key, version, _ := strings.Cut(v, " ")
 		if kind := id.ReplaceAllString(key, "*"); !seen[kind] {
 			seen[kind] = true
-			all = append(all, victim{key, version})
+			all = append(all, victim{key, version, time.Until(g.lock(key, version)) > time.Hour})
 		}
 	}
 	return all
@@ -534,6 +645,9 @@ func asked(r *http.Request) []ask {
 		}
 		return one(verb + "Bucket")
 	}
+	if verb == "Put" && q.Has("retention") {
+		facts["s3:object-lock-remaining-retention-days"] = remaining(r)
+	}
 	for param, thing := range map[string]string{"acl": "ObjectAcl", "retention": "ObjectRetention", "legal-hold": "ObjectLegalHold", "tagging": "ObjectTagging"} {
 		if q.Has(param) {
 			return one(verb + thing)
@@ -550,6 +664,20 @@ func asked(r *http.Request) []ask {
 		return one(verb + "ObjectVersion")
 	}
 	return one(verb + "Object")
+}
+
+// remaining reads for how many days a lock is to be, and leaves the request as it was.
+func remaining(r *http.Request) string {
+	body, err := io.ReadAll(r.Body)
+	r.Body = io.NopCloser(bytes.NewReader(body))
+	var lock struct{ RetainUntilDate time.Time }
+	if err == nil {
+		err = xml.Unmarshal(body, &lock)
+	}
+	if err != nil {
+		return "unreadable"
+	}
+	return strconv.Itoa(int((time.Until(lock.RetainUntilDate) + 24*time.Hour - 1) / (24 * time.Hour)))
 }
 
 // deletes reads which objects a request is about, and leaves it as it was.
@@ -593,6 +721,10 @@ func (a ask) by(p bucket.Policy, effect string) bool {
 					holds = want[0] == fmt.Sprint(!there)
 				case "Bool":
 					holds = there && want[0] == got
+				case "NumericLessThanEqualsIfExists":
+					limit, lerr := strconv.Atoi(want[0])
+					have, herr := strconv.Atoi(got)
+					holds = !there || lerr == nil && herr == nil && have <= limit
 				case "StringLikeIfExists":
 					holds = !there || about(want, got)
 				default:

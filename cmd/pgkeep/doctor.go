@@ -13,11 +13,13 @@ import (
 	"github.com/urfave/cli/v2"
 	enumspb "go.temporal.io/api/enums/v1"
 
+	"github.com/pgkeep/pgkeep/internal/audit"
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/health"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/sandbox"
+	"github.com/pgkeep/pgkeep/internal/store"
 	"github.com/pgkeep/pgkeep/workflows"
 )
 
@@ -204,11 +206,18 @@ func (e *env) examine(ctx context.Context, cfg *config.Config, r *repo.Repo, nam
 	if r != nil {
 		looking, cancel := context.WithTimeout(ctx, 10*patience)
 		defer cancel()
-		s, err := health.Look(looking, r, name, now)
+		s, err := health.Look(looking, r, name, audit.Memory(cfg.Spool), now)
 		if err != nil {
 			x.found = append(x.found, health.Finding{Name: "repository", Severity: health.Critical, Cluster: name, What: "the repository cannot be read: " + oneLine(err.Error()), Fix: fail.HintOf(err)})
 		} else {
 			x.found = append(x.found, s.Findings(expected(cfg, name), now)...)
+		}
+		if k := cfg.Clusters[config.Name(name)]; k.Retention.Lock > 0 && (k.Expirer() == "" || k.Expirer() == cfg.Host) {
+			mode := store.Governance
+			if k.Retention.LockMode == config.LockCompliance {
+				mode = store.Compliance
+			}
+			x.found = append(x.found, health.AskLocks(looking, r, name, mode, k.Retention.Lock, now).Findings(now)...)
 		}
 		x.duty.Physical, x.duty.Logical = x.duty.Physical || s.Has(repo.Physical), x.duty.Logical || s.Has(repo.Logical)
 	}

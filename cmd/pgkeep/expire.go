@@ -49,7 +49,7 @@ type expireOptions struct {
 // expirer is what expires a cluster as the configuration says.
 func expirer(cfg *config.Config, name string, open func(context.Context) (*repo.Repo, error)) *expire.Expirer {
 	k := cfg.Clusters[config.Name(name)].Retention
-	return &expire.Expirer{Name: name, Open: open,
+	return &expire.Expirer{Name: name, Open: open, Lock: retention.Lock{For: k.Lock, Compliance: k.LockMode == config.LockCompliance},
 		Policy: retention.Policy{Window: k.Window, Daily: k.Daily, Weekly: k.Weekly, Monthly: k.Monthly, Min: k.Min, Grace: k.Grace}}
 }
 
@@ -70,9 +70,21 @@ func (e *env) expire(ctx context.Context, opt expireOptions) error {
 	if err != nil {
 		return err
 	}
+	locking, err := x.Locking(ctx)
+	if err != nil {
+		return err
+	}
 	var done *expire.Done
 	if !opt.JSON {
 		if err := e.printExpiry(plan); err != nil {
+			return err
+		}
+		if err := e.printLocking(locking, opt.Apply); err != nil {
+			return err
+		}
+	}
+	if opt.Apply { // neither asked for nor refused: it harms nothing that is kept
+		if locking, err = x.Relock(ctx); err != nil {
 			return err
 		}
 	}
@@ -95,8 +107,9 @@ func (e *env) expire(ctx context.Context, opt expireOptions) error {
 	if opt.JSON {
 		return printJSON(e.out, "expire", struct {
 			retention.Plan
-			Done *expire.Done `json:"done"` // null: nothing was to be done
-		}{plan, done})
+			Locking *retention.Locking `json:"locking,omitempty"` // absent: locks are left alone
+			Done    *expire.Done       `json:"done"`              // null: nothing was to be done
+		}{plan, locking, done})
 	}
 	if done == nil {
 		return nil
@@ -143,6 +156,21 @@ func (e *env) printExpiry(p retention.Plan) error {
 		e.say("%d backups at once are many: --apply wants --confirm %d", p.Confirm, p.Confirm)
 	}
 	return nil
+}
+
+func (e *env) printLocking(l *retention.Locking, apply bool) error {
+	if l == nil {
+		return nil
+	}
+	text := fmt.Sprintf("locked: %s, the first until %s: none is due", count(l.Objects, "object"), moment(l.Ends))
+	if l.Due > 0 {
+		text = fmt.Sprintf("locked: %s, the first until %s: %d are due, until %s", count(l.Objects, "object"), moment(l.Ends), l.Due, moment(l.Until))
+	}
+	if l.Later > 0 {
+		text += fmt.Sprintf("; %d more with the next runs", l.Later)
+	}
+	_, err := fmt.Fprintln(e.out, text)
+	return err
 }
 
 func goes(segments int) string {

@@ -5,6 +5,7 @@ package bucket
 
 import (
 	"fmt"
+	"strconv"
 	"strings"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
@@ -38,6 +39,11 @@ type Layout struct {
 	Bucket   string
 	Prefix   string   // without slashes at its ends; "" is the whole bucket
 	Clusters []string // that the roles may touch
+	// LockDays is for how many days at most the expirer may lock objects anew; 0: it
+	// may not.
+	LockDays int
+	// Governance: locks are in that mode, and else in COMPLIANCE.
+	Governance bool
 	// Basic leaves out the conditions that, so far, only Amazon evaluates: that
 	// what is written is created, and not replaced. Without them a replaced
 	// object is there still, as an older version.
@@ -101,6 +107,9 @@ func (l Layout) Role(r Role, principals ...string) Policy {
 			l.allow("Mark", l.objects("*"), "s3:DeleteObject"),
 			l.allow("Newest", l.objects("latest-*.json"), "s3:PutObject"),
 		}
+		if l.LockDays > 0 {
+			all = append(all, l.lock())
+		}
 		all = append(all, l.create("Tombstones", l.objects("backups/*/deleted.json", "backups/*/settled-*.json", "backups/*/hold-*.json", "wal/*/expired/*", "clock-*"))...)
 	}
 	if len(principals) > 0 {
@@ -110,6 +119,17 @@ func (l Layout) Role(r Role, principals ...string) Policy {
 		}
 	}
 	return policy(all...)
+}
+
+// lock lets locks be made longer, up to a limit: Service Authorization Reference,
+// "Condition keys for Amazon S3". Nobody has s3:BypassGovernanceRetention, without
+// which S3 shortens none.
+func (l Layout) lock() Statement {
+	s := l.allow("Lock", append(l.shared(), l.objects("*")...), "s3:GetObjectRetention", "s3:PutObjectRetention")
+	if !l.Basic {
+		s.Condition = Condition{"NumericLessThanEqualsIfExists": {"s3:object-lock-remaining-retention-days": {strconv.Itoa(l.LockDays)}}}
+	}
+	return s
 }
 
 func (l Layout) archiver() []Statement {

@@ -84,13 +84,17 @@ func (l Layout) Settings(days int) Settings {
 	if prefix != "" {
 		prefix += "/"
 	}
+	mode := "COMPLIANCE"
+	if l.Governance {
+		mode = "GOVERNANCE"
+	}
 	return Settings{
 		Versioning: Versioning{"Enabled"},
 		Lifecycle: Lifecycle{[]LifecycleRule{{
 			ID: "pgkeep", Status: "Enabled", Filter: Filter{prefix}, NoncurrentVersionExpiration: Noncurrent{days},
 			Expiration: Markers{true}, AbortIncompleteMultipartUpload: Uploads{7},
 		}}},
-		Lock:   Lock{"Enabled", LockRule{Retention{"COMPLIANCE", days}}},
+		Lock:   Lock{"Enabled", LockRule{Retention{mode, days}}},
 		Policy: l.Deny(),
 	}
 }

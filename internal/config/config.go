@@ -216,6 +216,10 @@ type Retention struct {
 	Min int `yaml:"min" default:"2"`
 	// For how long `pgkeep undelete` can bring back what was let go. Only then its space is freed. The log stays for as much longer than the window.
 	Grace time.Duration `yaml:"grace" default:"7d"`
+	// For how long every object of the cluster is locked in the bucket (S3 Object Lock), as `30d`: each run of `expire` locks anew what stands and has less than half of it left. What was let go stays for as much longer. If not set, locks are left as the bucket makes them.
+	Lock time.Duration `yaml:"lock"`
+	// Who may end such a lock early: in mode `governance` whoever has the right to bypass it, in `compliance` nobody. An object that is locked already stays in its mode.
+	LockMode LockMode `yaml:"lock_mode" default:"governance"`
 	// The host whose worker removes what goes: it needs the right to delete objects. If not set, that of the cluster.
 	Host Host `yaml:"host"`
 }
@@ -404,6 +408,12 @@ func (c *Config) check(problem func(path, format string, args ...any)) {
 		}
 		if r.Min < 1 {
 			problem(path+".min", "min is %d, and must be 1 at least", r.Min)
+		}
+		if r.Lock != 0 && r.Lock < 48*time.Hour {
+			problem(path+".lock", "lock is %s, and must be 2d at least: what is left of it is looked at once a day or so", FormatDuration(r.Lock))
+		}
+		if r.Lock != 0 && r.IsZero() {
+			problem(path+".lock", "lock is set, and nothing would look after it: set window, daily, weekly or monthly too, and a schedule of kind expire")
 		}
 		if r.Window > 0 && r.Window < time.Hour {
 			problem(path+".window", "window is %s, and must be 1h at least", FormatDuration(r.Window))

@@ -79,7 +79,7 @@ func TestEveryKindOfValueIsRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	logical := config.Logical{Jobs: 2, StallTimeout: 10 * time.Minute, LockWait: 5 * time.Minute}
-	keep := config.Retention{Min: 2, Grace: 7 * 24 * time.Hour}
+	keep := config.Retention{Min: 2, Grace: 7 * 24 * time.Hour, LockMode: config.LockGovernance}
 	archive := config.WAL{Prefetch: 8, HoleGrace: 30 * time.Second}
 	big := logical
 	big.Databases, big.Jobs, big.RolePasswords, big.StallTimeout = []string{"shop", "2024"}, 4, true, 90*time.Second
@@ -364,6 +364,7 @@ clusters:
     retention:
       min: 2 # default
       grace: 168h # default
+      lock_mode: governance # default
 `
 	if diff := cmp.Diff(want, out.String()); diff != "" {
 		t.Errorf("shown configuration differs (-want +got):\n%s", diff)

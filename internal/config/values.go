@@ -233,6 +233,17 @@ func (p *PathStyle) UnmarshalText(b []byte) error {
 	return oneOf(p, b, PathStyleAuto, PathStyleAlways, PathStyleNever)
 }
 
+// A LockMode is one of Object Lock.
+type LockMode string
+
+// The modes there are.
+const (
+	LockGovernance LockMode = "governance"
+	LockCompliance LockMode = "compliance"
+)
+
+func (m *LockMode) UnmarshalText(b []byte) error { return oneOf(m, b, LockGovernance, LockCompliance) }
+
 // A Kind is what a schedule starts: a kind of backup, an audit of the archive, or
 // a test.
 type Kind string

@@ -13,12 +13,14 @@ import (
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/retention"
+	"github.com/pgkeep/pgkeep/internal/store"
 )
 
 // An Expirer expires one cluster.
 type Expirer struct {
 	Name   string // of the cluster
 	Policy retention.Policy
+	Lock   retention.Lock                            // zero: locks of the store are left alone
 	Open   func(context.Context) (*repo.Repo, error) // the repository
 }
 
@@ -37,6 +39,74 @@ func (x *Expirer) plan(ctx context.Context, r *repo.Repo, now time.Time) (retent
 		return retention.Plan{}, fmt.Errorf("expire %s: %w", x.Name, err)
 	}
 	return retention.Decide(x.Policy, f), nil
+}
+
+// Locking says which objects would be locked anew; nil: locks are left alone.
+func (x *Expirer) Locking(ctx context.Context) (*retention.Locking, error) {
+	if x.Lock.For == 0 {
+		return nil, nil
+	}
+	r, err := x.Open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return x.locking(ctx, r, time.Now())
+}
+
+func (x *Expirer) locking(ctx context.Context, r *repo.Repo, now time.Time) (*retention.Locking, error) {
+	shelves, err := r.Shelves(ctx, x.Name)
+	if err != nil {
+		return nil, fmt.Errorf("locks of %s: %w", x.Name, err)
+	}
+	d := x.Lock.Decide(shelves, now)
+	return &d, nil
+}
+
+// Relock locks anew what stands and whose lock is about to end, and says what that
+// was; nil: locks are left alone. It does so whatever may be removed, and whether or
+// not: a manifest that somebody broke is no reason to let locks end.
+func (x *Expirer) Relock(ctx context.Context) (*retention.Locking, error) {
+	if x.Lock.For == 0 {
+		return nil, nil
+	}
+	r, err := x.Open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return x.relock(ctx, r, time.Now)
+}
+
+func (x *Expirer) relock(ctx context.Context, r *repo.Repo, now func() time.Time) (*retention.Locking, error) {
+	at := now()
+	if err := x.clock(ctx, r, now); err != nil { // what is locked until a wrong year stays so
+		return nil, err
+	}
+	d, err := x.locking(ctx, r, at)
+	if err != nil {
+		return nil, err
+	}
+	lock := store.Lock{Until: d.Until, Mode: store.Governance}
+	if x.Lock.Compliance {
+		lock.Mode = store.Compliance
+	}
+	for _, s := range d.Shelves() {
+		if err := r.Lock(ctx, s, lock); err != nil {
+			return nil, fmt.Errorf("locks of %s: %w", x.Name, err)
+		}
+	}
+	return d, nil
+}
+
+// clock fails if the clock here and the store's are apart.
+func (x *Expirer) clock(ctx context.Context, r *repo.Repo, now func() time.Time) error {
+	ahead, err := r.StoreClock(ctx, x.Name, now)
+	if err != nil {
+		return fmt.Errorf("expire %s: %w", x.Name, err)
+	}
+	if ahead.Abs() > retention.Skew {
+		return fmt.Errorf("expire %s: the store's clock is ahead by %v: %w", x.Name, ahead.Round(time.Second), fail.ClockSkew)
+	}
+	return nil
 }
 
 // Gather reads all that a decision about a cluster rests on. Backups are read
@@ -129,12 +199,8 @@ func (x *Expirer) apply(ctx context.Context, r *repo.Repo, o Order, now func() t
 	if x.Policy.IsZero() {
 		return done, nil
 	}
-	ahead, err := r.StoreClock(ctx, x.Name, now)
-	if err != nil {
-		return done, fmt.Errorf("expire %s: %w", x.Name, err)
-	}
-	if ahead.Abs() > retention.Skew {
-		return done, fmt.Errorf("expire %s: the store's clock is ahead by %v: %w", x.Name, ahead.Round(time.Second), fail.ClockSkew)
+	if err := x.clock(ctx, r, now); err != nil {
+		return done, err
 	}
 	for _, v := range p.Backups {
 		if v.Keep || v.Deleted || !slices.Contains(o.Backups, v.ID) {

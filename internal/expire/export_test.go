@@ -29,3 +29,12 @@ func (x *Expirer) ApplyBy(ctx context.Context, o Order, now func() time.Time) (D
 	}
 	return x.apply(ctx, r, o, now)
 }
+
+// RelockAt is Relock at some time.
+func (x *Expirer) RelockAt(ctx context.Context, now time.Time) (*retention.Locking, error) {
+	r, err := x.Open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return x.relock(ctx, r, func() time.Time { return now })
+}

@@ -110,7 +110,7 @@ type verdict struct {
 // judge decides what a failed request means. S3 API Reference, "Error
 // responses". What it does not know is refused, not absent.
 func judge(err error) verdict {
-	for _, known := range []error{errSource, errWrongSum, errChanged, errBeyond, store.ErrNotExist, store.ErrExist} {
+	for _, known := range []error{errSource, errWrongSum, errChanged, errBeyond, store.ErrNotExist, store.ErrExist, errNoLock} {
 		if errors.Is(err, known) {
 			return verdict{err: err}
 		}
