@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/s3"
 	"golang.org/x/sys/unix"
 
 	"github.com/pgkeep/pgkeep/internal/cluster"
@@ -32,13 +34,16 @@ func TestRunbooks(t *testing.T) {
 		"The database is gone: do this":             {d.theDatabaseIsLost, d.nothingIsMissing},
 		"The host is gone too":                      {d.theHostIsLost, d.nothingIsMissing},
 		"Somebody deleted the wrong rows":           {d.rowsAreDeleted, d.nothingIsMissing},
+		"Somebody dropped a table":                  {d.aTableIsDropped, d.nothingIsMissing},
 		"archive_command fails, and the disk fills": {d.archivingFails, d.nothingIsMissing},
 		"A hole in the archive":                     {d.aSegmentIsLost, d.nothingIsMissing},
+		"A backup expired, and is needed":           {d.aBackupExpires, d.itIsThereAgain},
 		"Failover":                                  {d.thePrimaryIsLost, d.nothingIsMissing},
 		"Keys":                                      {func() {}, d.nothingIsMissing},
 		"The host's signing key is lost":            {d.theSigningKeyIsLost, d.nothingIsMissing},
 		"Temporal is gone":                          {d.temporalIsNew, d.nothingIsMissing},
 		"The bucket gets new credentials":           {d.credentialsChange, d.nothingIsMissing},
+		"The bucket is gone, and there is a copy":   {d.theBucketIsLost, d.nothingIsMissing},
 	}
 	for _, book := range runbooks(t) {
 		s, ok := scenes[book.title]
@@ -99,6 +104,7 @@ type desk struct {
 	conf     string    // directory with the configuration in use
 	moment   time.Time // before the mistake
 	lost     string    // segment that is not in the archive
+	expired  string    // backup that was let go
 	orders   int       // that were committed
 
 	mu     sync.Mutex // of what systemctl changes
@@ -211,6 +217,7 @@ func (d *desk) run(script string) string {
 		"/var/lib/postgresql/15/standby", d.path("standby/data"),
 		"2026-11-22 10:14:00 Europe/Berlin", d.moment.UTC().Format("2006-01-02 15:04:05.000000 UTC"),
 		"000000010000000000000042", d.lost,
+		"20261122T013000Z-4f2a9c01", d.expired,
 		"'-p 5433'", "'-p 5433 -c unix_socket_directories="+d.sockets()+"'",
 	).Replace(script)
 	ctx, cancel := context.WithTimeout(d.t.Context(), 5*time.Minute)
@@ -393,22 +400,93 @@ func (d *desk) theHostIsLost() {
 	d.own()
 }
 
-func (d *desk) rowsAreDeleted() {
-	d.order(100)
+// now notes the moment before a mistake, by the server's clock.
+func (d *desk) now() {
+	d.t.Helper()
 	text := d.query(d.pg, "postgres", "to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')")
 	var err error
 	if d.moment, err = time.Parse("2006-01-02 15:04:05.000000", text); err != nil {
 		d.t.Fatal(err)
 	}
+}
+
+func (d *desk) rowsAreDeleted() {
+	d.order(100)
+	d.now()
 	d.exec("shop", "DELETE FROM orders WHERE id % 7 = 0")
 	d.order(50)
 	d.archived()
-	if err := os.Mkdir(d.path("beside"), 0o700); err != nil {
+	if err := os.MkdirAll(d.path("beside"), 0o700); err != nil {
 		d.t.Fatal(err)
 	}
 	if err := lab.Own(d.path("beside")); err != nil {
 		d.t.Fatal(err)
 	}
+}
+
+func (d *desk) aTableIsDropped() {
+	d.order(100)
+	d.now()
+	d.exec("shop", "DROP TABLE orders")
+	d.archived()
+}
+
+// aBackupExpires lets all but the newest go, of which the oldest is needed.
+func (d *desk) aBackupExpires() {
+	d.order(100)
+	d.archived()
+	text, err := os.ReadFile(filepath.Join(d.conf, "pgkeep.yaml"))
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	kept := strings.Replace(string(text), "user=pgkeep_backup\"}", "user=pgkeep_backup\", retention: {daily: 1, min: 1}}", 1)
+	if kept == string(text) {
+		d.t.Fatalf("no cluster in\n%s", text)
+	}
+	d.write(filepath.Base(d.conf)+"/pgkeep.yaml", kept)
+	d.expired = regexp.MustCompile(`\d{8}T\d{6}Z-[0-9a-f]{8}`).FindString(d.run("pgkeep list"))
+	d.run("pgkeep expire --apply --yes --confirm 100")
+	if out := d.run("pgkeep list"); d.expired == "" || strings.Contains(out, d.expired) {
+		d.t.Fatalf("%q has not expired:\n%s", d.expired, out)
+	}
+}
+
+func (d *desk) itIsThereAgain() {
+	d.run("pgkeep expire --apply --yes --confirm 100")
+	if out := d.run("pgkeep list"); !strings.Contains(out, d.expired) {
+		d.t.Errorf("%s is not there again:\n%s", d.expired, out)
+	}
+	d.nothingIsMissing()
+}
+
+// theBucketIsLost leaves a copy of it.
+func (d *desk) theBucketIsLost() {
+	d.order(100)
+	d.archived()
+	api, done, err := d.s3.API(d.s3.AccessKeyID, d.s3.SecretAccessKey)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	defer done()
+	ctx, elsewhere := d.t.Context(), "pgkeep-copy"
+	if _, err := api.CreateBucket(ctx, &s3.CreateBucketInput{Bucket: &elsewhere}); err != nil {
+		d.t.Fatal(err)
+	}
+	for pages := s3.NewListObjectsV2Paginator(api, &s3.ListObjectsV2Input{Bucket: &d.s3.Bucket}); pages.HasMorePages(); {
+		page, err := pages.NextPage(ctx)
+		if err != nil {
+			d.t.Fatal(err)
+		}
+		for _, o := range page.Contents {
+			if _, err := api.CopyObject(ctx, &s3.CopyObjectInput{Bucket: &elsewhere, Key: o.Key, CopySource: aws.String(d.s3.Bucket + "/" + *o.Key)}); err != nil {
+				d.t.Fatal(err)
+			}
+		}
+	}
+	if err := os.Rename(d.s3.Data, d.path("gone")); err != nil {
+		d.t.Fatal(err)
+	}
+	d.s3.Bucket, d.s3.Data = elsewhere, filepath.Join(filepath.Dir(d.s3.Data), elsewhere)
 }
 
 func (d *desk) archivingFails() {
