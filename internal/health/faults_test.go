@@ -229,7 +229,7 @@ func TestFindingsOfARealBucket(t *testing.T) {
 	now := at.Add(time.Hour)
 	ask := func() []health.Finding {
 		t.Helper()
-		s, err := health.Look(t.Context(), p.r, "main", time.Now().Add(2*audit.Grace))
+		s, err := health.Look(t.Context(), p.r, "main", "", time.Now().Add(2*audit.Grace))
 		p.must(err)
 		return s.Findings(policy, now)
 	}

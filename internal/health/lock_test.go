@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/http"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -38,40 +39,44 @@ func TestLockFindings(t *testing.T) {
 		t.Fatal(err)
 	}
 	const wanted = 8 * 24 * time.Hour
-	find := func(in time.Duration) []string {
+	ask := func() []health.Finding {
 		t.Helper()
 		now := time.Now()
-		l := health.AskLocks(t.Context(), r, "main", store.Governance, wanted, now)
-		return names(l.Findings(now.Add(in)))
+		return health.AskLocks(t.Context(), r, "main", store.Governance, wanted, now).Findings(now)
 	}
-	want := func(when string, in time.Duration, names ...string) {
-		t.Helper()
-		if got := find(in); !slices.Equal(got, names) {
-			t.Errorf("%s: %v, want %v", when, got, names)
+	run := func(lasts time.Duration) func(string) { // of expire
+		return func(string) {
+			t.Helper()
+			x := &expire.Expirer{Name: "main", Lock: retention.Lock{For: lasts}, Open: func(context.Context) (*repo.Repo, error) { return r, nil }}
+			if _, err := x.Relock(t.Context()); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
-	want("at first", 0, "lock-ended")
-	x := &expire.Expirer{Name: "main", Lock: retention.Lock{For: wanted}, Open: func(context.Context) (*repo.Repo, error) { return r, nil }}
-	if _, err := x.Relock(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	want("after a run", 0)
-	want("where runs were missed", wanted*7/8, "lock-ends")
-	want("where none came any more", wanted*2, "lock-ended")
-
-	g.answer = func(r *http.Request) (int, string) {
-		if r.Method == http.MethodPut && r.URL.Query().Has("retention") {
-			return http.StatusForbidden, "<Error><Code>AccessDenied</Code></Error>"
+	answer := func(method string, status int, body string) {
+		g.answer = func(r *http.Request) (int, string) {
+			if r.Method == method && r.URL.Query().Has("retention") {
+				return status, body
+			}
+			return 0, ""
 		}
-		return 0, ""
 	}
-	want("without the right", 0, "lock-denied")
-	g.answer = func(*http.Request) (int, string) { return 0, "" }
-	want("with it", 0)
+	allow := func(string) { answer("", 0, "") }
+	sick(t, "lock-ended", health.Critical, ask, run(wanted/8))
+	sick(t, "lock-ends", health.Warning, ask, run(wanted))
+	answer(http.MethodPut, http.StatusForbidden, "<Error><Code>AccessDenied</Code></Error>")
+	sick(t, "lock-denied", health.Critical, ask, allow)
+	answer(http.MethodGet, http.StatusBadRequest, "<Error><Code>InvalidRequest</Code><Message>Bucket is missing Object Lock Configuration</Message></Error>")
+	sick(t, "lock-unknown", health.Critical, ask, allow)
+	if found := ask(); len(found) > 0 {
+		t.Errorf("in the end: %v", found)
+	}
 
 	plain := lab.S3ForTest(t) // a bucket without Object Lock
 	if r, _, err = repo.Init(t.Context(), newGate(t, plain).bucket(t, plain), repo.Access{Signer: signer, Version: "test"}, nil, time.Now()); err != nil {
 		t.Fatal(err)
 	}
-	want("without Object Lock", 0, "lock-unknown")
+	if found := ask(); !slices.Equal(names(found), []string{"lock-unknown"}) || !strings.Contains(found[0].Fix, "retention.lock") {
+		t.Errorf("without Object Lock: %+v", found)
+	}
 }
