@@ -7,7 +7,6 @@ import (
 	"iter"
 	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -70,9 +69,7 @@ func newHost(t *testing.T) *host {
 	t.Helper()
 	h := &host{t: t, dir: lab.DirForTest(t)}
 	h.program = filepath.Join(h.dir, "pgkeep-wal")
-	if out, err := exec.Command("go", "build", "-o", h.program, "../../cmd/pgkeep-wal").CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
+	h.must(lab.Build(t.Context(), h.dir, "pgkeep-wal"))
 	signer, err := seal.NewSigner()
 	h.must(err)
 	h.config = filepath.Join(h.dir, "pgkeep.yaml")
