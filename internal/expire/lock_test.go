@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"strings"
 	"testing"
 	"time"
@@ -135,7 +136,7 @@ func TestRelockOfABucket(t *testing.T) {
 		t.Fatal(err)
 	}
 	access := repo.Access{Signer: signer, Version: "test"}
-	w := &world{t: t, access: access, now: time.Now(), timeline: 1, disk: make(map[string][]byte), whole: make(map[repo.ID]map[string][]byte)}
+	w := &world{t: t, rnd: rand.New(rand.NewPCG(1, 1)), access: access, now: time.Now(), timeline: 1, disk: make(map[string][]byte), whole: make(map[repo.ID]map[string][]byte)}
 	if w.r, _, err = repo.Init(t.Context(), st, access, nil, w.now); err != nil {
 		t.Fatal(err)
 	}
