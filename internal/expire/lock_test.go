@@ -78,7 +78,7 @@ func TestNoLockOfWhatStandsEnds(t *testing.T) {
 	x.Policy = retention.Policy{Window: 9 * day, Daily: 12, Weekly: 4, Monthly: 3, Min: 2, Grace: 3 * day}
 	x.Lock = retention.Lock{For: lasts, Compliance: true}
 	total, nights, oldest := 0, 0, time.Duration(0)
-	for night := range 120 {
+	for night := range 80 {
 		w.days(1)
 		if night%9 < 3 { // nobody ran it
 			continue
