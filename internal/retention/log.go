@@ -3,6 +3,7 @@ package retention
 import (
 	"cmp"
 	"fmt"
+	"iter"
 	"slices"
 	"time"
 
@@ -61,7 +62,7 @@ func (d *decider) archive(l audit.Ledger) WAL {
 	case d.blind:
 		nothing("not all that is there can be read")
 	}
-	var bases []*entry
+	var bases, back []*entry // back: and those that may be brought back
 	for _, e := range d.all {
 		if e.Err != nil && e.Deleted != nil && !e.Unfinished { // it may be brought back, to whom can read it
 			nothing("which log %s needs is not known: %v", e.ID, e.Err)
@@ -79,8 +80,11 @@ func (d *decider) archive(l audit.Ledger) WAL {
 		if e.good() {
 			bases = append(bases, e)
 		}
+		if e.bad == "" && !e.Unfinished {
+			back = append(back, e)
+		}
 	}
-	floors := make(map[pg.Timeline]pg.LSN)
+	floors, grace := make(map[pg.Timeline]pg.LSN), make(map[pg.Timeline]pg.LSN)
 	live := d.live(l)
 	for i, t := range l.Timelines {
 		if !t.Lost.IsZero() || i > 0 && t.Born.IsZero() && len(t.Ranges) > 0 {
@@ -101,10 +105,12 @@ func (d *decider) archive(l audit.Ledger) WAL {
 			nothing("on the way to timeline %d no good backup is as old as %s", t.ID, date(d.walFrom))
 			continue
 		}
-		for on, from := range l.From(base(first.Record), t.ID) {
-			if at, ok := floors[on]; !ok || from < at {
-				floors[on] = from
-			}
+		lower(floors, l.From(base(first.Record), t.ID))
+		// What led to a moment that left the window a grace ago at most stays, too,
+		// also where no plan has said so: a timeline may have begun before the end of
+		// the backup that led into the window.
+		if late := d.leadsIn(l, t.ID, back, d.walFrom.Add(-d.policy.Grace)); late != nil {
+			lower(grace, l.From(base(late.Record), t.ID))
 		}
 	}
 	if w.Why != "" {
@@ -125,12 +131,24 @@ func (d *decider) archive(l audit.Ledger) WAL {
 			}
 		}
 		w.from[t.ID] = from // what is there may lead on from below the floor
-		w.Segments += w.going(t, from)
+		if at, ok := grace[t.ID]; ok {
+			w.from[t.ID] = min(from, at)
+		}
+		w.Segments += w.going(t, w.from[t.ID])
 		if from > 0 {
 			w.Floors = append(w.Floors, repo.Floor{Timeline: t.ID, From: from})
 		}
 	}
 	return w
+}
+
+// lower brings floors down to others.
+func lower(floors map[pg.Timeline]pg.LSN, to iter.Seq2[pg.Timeline, pg.LSN]) {
+	for on, from := range to {
+		if at, ok := floors[on]; !ok || from < at {
+			floors[on] = from
+		}
+	}
 }
 
 // live reports whether moments of an archive may be promised: not if a backup of

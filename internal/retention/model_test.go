@@ -561,6 +561,16 @@ func (m *model) verdicts(p retention.Plan) error {
 	return errors.Join(errs...)
 }
 
+// In this one a standby is promoted that had not received the end of the backup
+// that leads into the window: its timeline comes from an older one, along log that
+// the plan before needed no more. No plan was made for three days.
+func TestATimelineThatBeganBeforeTheBackupEndedKeepsItsWay(t *testing.T) {
+	m := newModel(671549, true)
+	if step, err := m.play(); err != nil || m.kept.runs == 0 {
+		t.Errorf("step %d: %v\n%s", step, err, strings.Join(m.log, "\n"))
+	}
+}
+
 // Whatever happens to a cluster, its backups and its log, and whenever something
 // is let go: no backup that is kept loses log that it needs, and no moment of the
 // window is lost. -histories 1000000 is the long form; at about 2,000 a second
