@@ -120,9 +120,10 @@ func telling(queue string, taken time.Duration, summary string) workflow.Activit
 	return opt
 }
 
-// removing is cleanup for what may be large.
+// removing is cleanup for what may be large. A worker that restarts comes in time;
+// one that does not removes what it finds when it is back.
 func removing(host, summary string) workflow.ActivityOptions {
 	opt := watching(cleanup(host, summary))
-	opt.StartToCloseTimeout, opt.ScheduleToCloseTimeout = 30*time.Minute, time.Hour
+	opt.ScheduleToStartTimeout, opt.StartToCloseTimeout, opt.ScheduleToCloseTimeout = 10*time.Minute, 30*time.Minute, time.Hour
 	return opt
 }

@@ -45,8 +45,13 @@ func RestoreTest(ctx workflow.Context, req RestoreTestRequest) (res RestoreTestR
 		err = b.end(ctx, err)
 		tidy, cancel := workflow.NewDisconnectedContext(ctx)
 		defer cancel()
-		if cerr := do(tidy, removing(req.Host, "remove the sandbox"), tester.CleanUpTest, activities.TestRequest{Subject: res.Subject}).Get(tidy, nil); cerr != nil {
-			workflow.GetLogger(ctx).Warn("sandbox not removed; the worker will", "error", cerr)
+		// Where nobody has taken it up, there is nothing, and nobody to remove it. A
+		// worker that had, and died, removes it when it is back.
+		begun := fail.KindOf(err) != fail.NoWorker || workflow.GetVersion(ctx, "clean up what was begun", workflow.DefaultVersion, 1) == workflow.DefaultVersion
+		if begun {
+			if cerr := do(tidy, removing(req.Host, "remove the sandbox"), tester.CleanUpTest, activities.TestRequest{Subject: res.Subject}).Get(tidy, nil); cerr != nil {
+				workflow.GetLogger(ctx).Warn("sandbox not removed; the worker will", "error", cerr)
+			}
 		}
 		b.tell(ctx, req.Host, req.Cluster, KindRestoreTest, err)
 	}()
