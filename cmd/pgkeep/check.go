@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -9,6 +10,8 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/pgkeep/pgkeep/internal/audit"
+	"github.com/pgkeep/pgkeep/internal/config"
+	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/health"
 	"github.com/pgkeep/pgkeep/internal/repo"
 )
@@ -23,12 +26,22 @@ func checkCommand(e *env) *cli.Command {
 			"is 8 days. Twice that, a hole in the log, a restore test that failed: these are\n" +
 			"critical, and the exit status is 51. pgkeep doctor looks at everything else.\n\n" + examples(
 			"pgkeep check", "", "pgkeep check --nagios --cluster main", "one line, perfdata, exit status 0 to 3"),
-		Flags: []cli.Flag{clusterFlag(), boolFlag("nagios", "answer as a plug-in of Nagios and its like"), jsonFlag()},
+		Flags: []cli.Flag{clusterFlag(), boolFlag("nagios", "answer as a plug-in of Nagios and its like"), timeoutFlag("2m, or 8s with --nagios, which NRPE gives 10s"), jsonFlag()},
 		Action: func(c *cli.Context) error {
-			if !c.Bool("nagios") {
-				return e.check(c.Context, c.String("cluster"), c.Bool("json"))
+			limit := 2 * time.Minute
+			if c.Bool("nagios") {
+				limit = 8 * time.Second
 			}
-			all, err := e.look(c.Context, c.String("cluster"))
+			limit = timeout(c, limit)
+			ctx, cancel := context.WithTimeout(c.Context, limit)
+			defer cancel()
+			all, err := e.look(ctx, c.String("cluster"))
+			if err != nil && ctx.Err() != nil && c.Context.Err() == nil {
+				err = late(limit, err)
+			}
+			if !c.Bool("nagios") {
+				return e.check(all, err, c.Bool("json"))
+			}
 			line, status := nagios(all, err, time.Now())
 			fmt.Fprintln(e.out, line)
 			return status
@@ -36,10 +49,26 @@ func checkCommand(e *env) *cli.Command {
 	}
 }
 
-func (e *env) check(ctx context.Context, cluster string, asJSON bool) error {
-	all, err := e.look(ctx, cluster)
+func timeoutFlag(otherwise string) cli.Flag {
+	return &cli.DurationFlag{Name: "timeout", Usage: "give up after `TIME`; if none is given, " + otherwise}
+}
+
+func timeout(c *cli.Context, otherwise time.Duration) time.Duration {
+	return cmp.Or(c.Duration("timeout"), otherwise)
+}
+
+// late says what it means that time is up.
+func late(limit time.Duration, err error) error {
+	return fail.Hint(fail.With(fail.StoreDown, fmt.Errorf("the repository did not answer all within %v: %w", limit, err)),
+		"is the store up? An archive of years may take longer: --timeout")
+}
+
+func (e *env) check(all []examined, err error, asJSON bool) error {
 	if err != nil {
 		return err
+	}
+	if len(all) == 0 {
+		return fail.Hint(config.Errorf(noCluster), "describe a cluster under clusters in the configuration")
 	}
 	var found []health.Finding
 	for _, c := range all {
@@ -78,6 +107,8 @@ func (e *env) look(ctx context.Context, cluster string) ([]examined, error) {
 	return all, nil
 }
 
+const noCluster = "the repository is empty, and no cluster is configured"
+
 // A plugin's status is how Nagios knows what it found. It is an error, and has
 // been told.
 type pluginStatus int
@@ -110,7 +141,7 @@ func nagios(all []examined, err error, now time.Time) (string, error) {
 	text := wrong
 	switch {
 	case len(all) == 0:
-		return "PGKEEP UNKNOWN - the repository is empty, and no cluster is configured", pluginStatus(3)
+		return "PGKEEP UNKNOWN - " + noCluster, pluginStatus(3)
 	case status == 0:
 		text = good
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -91,7 +92,14 @@ func usageError(c *cli.Context, err error, _ bool) error {
 	if given, ok := strings.CutPrefix(text, "flag provided but not defined: -"); ok {
 		given = strings.TrimLeft(given, "-")
 		text = "unknown flag --" + given
-		if word := suggest.Word(given, flags); word != "" {
+		longer := slices.DeleteFunc(slices.Clone(flags), func(f string) bool { return !strings.HasPrefix(f, given+"-") })
+		if n := len(longer); n > 0 {
+			text += " (did you mean --" + strings.Join(longer[:n-1], ", --")
+			if n > 1 {
+				text += " or --"
+			}
+			text += longer[n-1] + "?)"
+		} else if word := suggest.Word(given, flags); word != "" {
 			text += " (did you mean --" + word + "?)"
 		}
 	}

@@ -33,8 +33,12 @@ func doctorCommand(e *env) *cli.Command {
 			"is changed, but for a small object that is written to the store and removed. The exit\n" +
 			"status is 51 if a finding is critical.\n\n" + examples(
 			"pgkeep doctor", "", "pgkeep doctor --json | jq -r '.findings[].name'", "for scripts"),
-		Flags:  []cli.Flag{clusterFlag(), jsonFlag()},
-		Action: func(c *cli.Context) error { return e.doctor(c.Context, c.String("cluster"), c.Bool("json")) },
+		Flags: []cli.Flag{clusterFlag(), timeoutFlag("5m"), jsonFlag()},
+		Action: func(c *cli.Context) error {
+			ctx, cancel := context.WithTimeout(c.Context, timeout(c, 5*time.Minute))
+			defer cancel()
+			return e.doctor(ctx, c.String("cluster"), c.Bool("json"))
+		},
 	}
 }
 
@@ -60,6 +64,9 @@ func (e *env) doctor(ctx context.Context, only string, asJSON bool) error {
 	work, noTemporal := e.askTemporal(ctx, cfg)
 	if noTemporal != nil {
 		found = append(found, health.Finding{Name: string(fail.TemporalDown), Severity: health.Warning, What: "nothing is known of schedules: " + oneLine(noTemporal.Error()), Fix: fail.HintOf(noTemporal)})
+	}
+	if len(cfg.Clusters) == 0 {
+		found = append(found, health.Finding{Name: "no-cluster", Severity: health.Warning, What: "the configuration names no cluster: there is nothing to back up", Fix: "describe one under clusters in the configuration"})
 	}
 	var dumps, sandboxes int64 // bytes that are needed for the largest cluster
 	for _, name := range slices.Sorted(maps.Keys(cfg.Clusters)) {
@@ -274,7 +281,7 @@ func (e *env) printFindings(command string, found []health.Finding, asJSON bool)
 		err := printJSON(e.out, command, struct {
 			Findings []health.Finding `json:"findings"`
 		}{append([]health.Finding{}, found...)})
-		return errors.Join(err, critical(found))
+		return errors.Join(err, critical(command, found))
 	}
 	for _, f := range found {
 		of := ""
@@ -290,11 +297,11 @@ func (e *env) printFindings(command string, found []health.Finding, asJSON bool)
 	if len(found) == 0 {
 		fmt.Fprintln(e.out, "nothing is wrong")
 	}
-	return critical(found)
+	return critical(command, found)
 }
 
 // critical is an error if a finding is.
-func critical(found []health.Finding) error {
+func critical(command string, found []health.Finding) error {
 	n := 0
 	var names []string
 	for _, f := range found {
@@ -307,5 +314,9 @@ func critical(found []health.Finding) error {
 		return nil
 	}
 	slices.Sort(names)
-	return fmt.Errorf("%s: %s: %w", count(n, "critical finding"), strings.Join(slices.Compact(names), ", "), fail.Unhealthy)
+	err := fail.With(fail.Unhealthy, fmt.Errorf("%s: %s", count(n, "critical finding"), strings.Join(slices.Compact(names), ", ")))
+	if command == "doctor" { // which looks at everything
+		return fail.Hint(err, "each finding says how to put it right")
+	}
+	return err
 }

@@ -78,7 +78,9 @@ func TestDoctorOfSchedules(t *testing.T) {
 	}
 	base := strings.ReplaceAll(string(text), `temporal: {address: "127.0.0.1:9"}`, `temporal: {address: "`+temporal.Address+`"}`) + "\nhost: db1\n"
 	set := func(schedules string) { w.write("pgkeep.yaml", base+schedules) }
-	set("")
+	before, _, _ := strings.Cut(base, "clusters:")
+	w.write("pgkeep.yaml", before+"\nhost: db1\n")
+	w.sick("no-cluster", health.Warning, func(string) { set("") })
 	w.sick("unscheduled", health.Warning, func(fix string) {
 		set(`schedules: [{cluster: main, cron: "@daily"}]`)
 		w.obey(strings.TrimPrefix(fix, "write schedules into the configuration, then: "))

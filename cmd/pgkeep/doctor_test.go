@@ -30,7 +30,7 @@ func TestDoctorCheckAndStatusTellHowItIs(t *testing.T) {
 		}
 	}
 	sees(2, `PGKEEP CRITICAL - main: there is no backup`)
-	w.fails(51, []string{"critical  backup-missing", "fix: pgkeep backup main", "pgkeep: error: 1 critical finding: backup-missing: unhealthy"}, "check")
+	w.fails(51, []string{"critical  backup-missing", "fix: pgkeep backup main", "pgkeep: error: 1 critical finding: backup-missing\n"}, "check")
 
 	id := w.backup()
 	sees(1, `PGKEEP WARNING - main: no logical backup that there is was ever seen to restore \| 'main_logical_age'=\d+s;691200;1382400 'main_logical_proven_age'=U;604800`)

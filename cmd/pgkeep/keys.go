@@ -156,6 +156,9 @@ func (s *setup) keys(ctx context.Context, identity string, now time.Time) error 
 	}
 	recipients := slices.Clone(cfg.Keys.Recipients)
 	encrypted := cfg.Repository.Encryption != config.EncryptionNone
+	if err := named(cfg.Keys, encrypted); err != nil { // before anything is made
+		return err
+	}
 	if identity != "" {
 		recipient, err := s.identity(identity, now)
 		if err != nil {
@@ -220,11 +223,20 @@ func recipientsOf(ep repo.Epoch) []string {
 	return all
 }
 
-// hostKeys makes the files with the keys that this host needs to write.
-func (s *setup) hostKeys(keys config.Keys, encrypted bool, now time.Time) error {
-	if keys.SigningKey == "" {
+// named reports whether the configuration says where the keys are to be that this
+// host needs to write.
+func named(keys config.Keys, encrypted bool) error {
+	switch {
+	case keys.SigningKey == "":
 		return fail.Hint(config.Errorf("keys.signing_key is not set"), "name a file, as /etc/pgkeep/signing.key: it will be made")
+	case encrypted && keys.MetadataIdentity == "":
+		return fail.Hint(config.Errorf("keys.metadata_identity is not set"), "name a file, as /etc/pgkeep/metadata.key: it will be made")
 	}
+	return nil
+}
+
+// hostKeys makes the files with these keys.
+func (s *setup) hostKeys(keys config.Keys, encrypted bool, now time.Time) error {
 	made, err := makeKey(string(keys.SigningKey), func() (string, error) {
 		signer, err := seal.NewSigner()
 		if err != nil {
@@ -238,9 +250,6 @@ func (s *setup) hostKeys(keys config.Keys, encrypted bool, now time.Time) error 
 	s.step(made, "signing key", "%s", keys.SigningKey)
 	if !encrypted {
 		return nil
-	}
-	if keys.MetadataIdentity == "" {
-		return fail.Hint(config.Errorf("keys.metadata_identity is not set"), "name a file, as /etc/pgkeep/metadata.key: it will be made")
 	}
 	made, err = makeKey(string(keys.MetadataIdentity), newIdentity(now))
 	if err != nil {

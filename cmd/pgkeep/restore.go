@@ -62,7 +62,7 @@ func restoreCommand(e *env) *cli.Command {
 				return e.restoreDir(c.Context, dirOptionsOf(c))
 			}
 			if c.NArg() == 0 {
-				return fail.Hint(config.Errorf("BACKUP is missing"), "name a logical backup, or give --target-dir for a whole cluster")
+				return fail.Hint(config.Errorf("BACKUP is missing"), "name a logical backup, or give --target-dir for a whole cluster, and --to-time or another moment")
 			}
 			return e.restore(c.Context, restoreOptions{
 				Cluster: c.String("cluster"), Backup: c.Args().First(), Database: c.String("database"), To: c.String("to"),

@@ -59,15 +59,17 @@ func (b Bucket) Findings(p Part) []Finding {
 	if skew := b.Skew.Abs(); skew > allowedSkew {
 		f.add("clock-skew", severe(skew > 5*time.Minute), "set the clock of this host with chrony or systemd-timesyncd", "the clock of the store is %s from that of this host", human.Span(skew))
 	}
-	b.findRules(f)
-	b.findKeys(f)
+	if !down || b.RulesErr == nil { // else it is told already
+		b.findRules(f)
+	}
+	if !down || b.Err == nil {
+		b.findKeys(f)
+	}
 	return f.all
 }
 
 func (b Bucket) findRules(f *findings) {
 	switch {
-	case fail.KindOf(b.RulesErr) == fail.StoreDown: // told already
-		return
 	case b.RulesErr != nil:
 		f.add("rules-unknown", Notice, "pgkeep bucket show, with credentials that may read the bucket's settings", "nobody here can tell whether the bucket removes objects by itself: %v", b.RulesErr)
 		return
@@ -88,9 +90,7 @@ func (b Bucket) findRules(f *findings) {
 
 func (b Bucket) findKeys(f *findings) {
 	if b.Err != nil {
-		if b.Put == nil || fail.KindOf(b.Put) != fail.KindOf(b.Err) { // else it is told already
-			f.add("repository", Critical, fixOf(b.Err), "the repository does not open: %v", b.Err)
-		}
+		f.add("repository", Critical, fixOf(b.Err), "the repository does not open: %v", b.Err)
 		return
 	}
 	if !b.Encrypted {

@@ -29,6 +29,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/s3/types"
 
 	"github.com/pgkeep/pgkeep/internal/bucket"
+	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/health"
 	"github.com/pgkeep/pgkeep/internal/lab"
 	"github.com/pgkeep/pgkeep/internal/repo"
@@ -502,4 +503,13 @@ func TestKeyFindings(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
+}
+
+// A store that does not answer is told of once, however that shows.
+func TestASilentStoreIsToldOfOnce(t *testing.T) {
+	late := fmt.Errorf("open repository: %w", context.DeadlineExceeded)
+	b := health.Bucket{Rights: store.Rights{Put: fail.StoreDown, Get: late, List: late, Delete: late}, Ruled: true, RulesErr: late, Err: late}
+	if got := names(b.Findings(cleans)); !slices.Equal(got, []string{"store-down"}) {
+		t.Errorf("found %v", got)
+	}
 }

@@ -139,7 +139,7 @@ func Init(ctx context.Context, st store.Store, a Access, recipients []string, no
 }
 
 // errNoRepository: the place can be read, and there is no marker.
-var errNoRepository = fmt.Errorf("no repository here: %w", fail.BadConfig)
+var errNoRepository = fail.With(fail.BadConfig, errors.New("no repository here"))
 
 // Open reads the marker and the keys of a repository.
 func Open(ctx context.Context, st store.Store, a Access) (*Repo, error) {
