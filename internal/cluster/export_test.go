@@ -1,6 +1,10 @@
 package cluster
 
-import "github.com/jackc/pgx/v5"
+import (
+	"github.com/jackc/pgx/v5"
+
+	"github.com/pgkeep/pgkeep/internal/pg"
+)
 
 // For tests of what has no door of its own.
 var (
@@ -25,10 +29,10 @@ func Summary(lines ...string) string {
 // AheadOf reports whether the one snapshot takes a transaction for ended that
 // runs for the other; both in PostgreSQL's text form.
 func AheadOf(seen, now string) (bool, error) {
-	a, err := parseView(seen)
+	a, err := pg.ParseSnapshot(seen)
 	if err != nil {
 		return false, err
 	}
-	b, err := parseView(now)
-	return a.aheadOf(b), err
+	b, err := pg.ParseSnapshot(now)
+	return aheadOf(a, b), err
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -154,7 +153,7 @@ func (c Cluster) exact(parent context.Context, database string, wait time.Durati
 		return fmt.Errorf("make a temporary slot: %w", err)
 	}
 	// The session of s goes on also when there is no time left for this.
-	if err := s.begin(parent, string(row[2]), func(seen view) error { return c.settled(ctx, database, seen) }); err != nil {
+	if err := s.begin(parent, string(row[2]), func(seen pg.Snapshot) error { return c.settled(ctx, database, seen) }); err != nil {
 		return fmt.Errorf("take over the slot's snapshot: %w", err)
 	}
 	s.LSN = LSNBracket{Before: point, After: point, Exact: true}
@@ -170,7 +169,7 @@ func (c Cluster) exact(parent context.Context, database string, wait time.Durati
 // ended and not committed, takes it for aborted, and writes so into the row's
 // header: the row is lost, in the cluster, for everybody. Ordinary snapshots
 // cannot do that, and this one cannot when it waits.
-func (c Cluster) settled(ctx context.Context, database string, seen view) error {
+func (c Cluster) settled(ctx context.Context, database string, seen pg.Snapshot) error {
 	conn, err := c.Connect(ctx, database)
 	if err != nil {
 		return err
@@ -181,7 +180,7 @@ func (c Cluster) settled(ctx context.Context, database string, seen view) error 
 		if err != nil {
 			return err
 		}
-		if !seen.aheadOf(now) {
+		if !aheadOf(seen, now) {
 			return nil
 		}
 		select {
@@ -192,48 +191,21 @@ func (c Cluster) settled(ctx context.Context, database string, seen view) error 
 	}
 }
 
-// A view is what a snapshot says of transactions, in the text form of
-// PostgreSQL's type pg_snapshot: "xmin:xmax:xip,xip".
-type view struct {
-	xmin, xmax uint64   // all before xmin have ended, none from xmax on
-	running    []uint64 // of those between
-}
-
-func parseView(text string) (view, error) {
-	parts := strings.Split(text, ":")
-	if len(parts) != 3 {
-		return view{}, fmt.Errorf("parse snapshot %.100q", text)
-	}
-	var numbers []uint64
-	for _, field := range append(parts[:2:2], strings.FieldsFunc(parts[2], func(r rune) bool { return r == ',' })...) {
-		n, err := strconv.ParseUint(field, 10, 64)
-		if err != nil {
-			return view{}, fmt.Errorf("parse snapshot %.100q: %w", text, err)
-		}
-		numbers = append(numbers, n)
-	}
-	return view{numbers[0], numbers[1], numbers[2:]}, nil
-}
-
 // readView reads no table, and so harms none.
-func readView(ctx context.Context, conn *pgx.Conn) (view, error) {
+func readView(ctx context.Context, conn *pgx.Conn) (pg.Snapshot, error) {
 	var text string
 	if err := conn.QueryRow(ctx, "SELECT pg_current_snapshot()::text").Scan(&text); err != nil {
-		return view{}, err
+		return pg.Snapshot{}, err
 	}
-	return parseView(text)
+	return pg.ParseSnapshot(text)
 }
 
 // aheadOf reports whether a transaction has ended for v that runs for now.
-func (v view) aheadOf(now view) bool {
-	return slices.ContainsFunc(now.running, func(xid uint64) bool {
-		return xid < v.xmin || xid < v.xmax && !slices.Contains(v.running, xid)
-	})
-}
+func aheadOf(v, now pg.Snapshot) bool { return slices.ContainsFunc(now.Running, v.Ended) }
 
 // begin opens the transaction that holds the snapshot, a new one or that of
 // another session, and exports it when it is ready to be read.
-func (s *Snapshot) begin(ctx context.Context, imported string, ready func(view) error) (err error) {
+func (s *Snapshot) begin(ctx context.Context, imported string, ready func(pg.Snapshot) error) (err error) {
 	defer func() {
 		if err != nil {
 			_, failed := s.conn.Exec(context.WithoutCancel(ctx), "ROLLBACK")
