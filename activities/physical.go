@@ -29,11 +29,13 @@ type CopyClusterResult struct {
 	Start    pg.LSN      `json:"start"`
 	Stop     pg.LSN      `json:"stop"`
 	Damaged  int         `json:"damaged,omitempty"` // pages
+	// How many things kept rows from being counted: the backup itself says which.
+	Uncounted int `json:"uncounted,omitempty"`
 }
 
 // CopyResult is c for a history: numbers, and no names.
 func CopyResult(c backup.Copied) CopyClusterResult {
-	return CopyClusterResult{c.Files, c.Packs, c.Bytes, c.Stored, c.Kept, c.Sent, c.StopTimeline, c.Start, c.Stop, c.Damaged}
+	return CopyClusterResult{c.Files, c.Packs, c.Bytes, c.Stored, c.Kept, c.Sent, c.StopTimeline, c.Start, c.Stop, c.Damaged, c.Uncounted}
 }
 
 // CopyCluster copies the data directory into the repository.

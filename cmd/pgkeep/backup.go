@@ -185,6 +185,9 @@ func (e *env) printPhysical(cluster, link string, res workflows.PhysicalBackupRe
 	c := res.Copy
 	_, err := fmt.Fprintf(e.out, "%s  %s  %s in %s, %s sent, %s kept, LSN %v to %v, WAL archived, verified: %s\n",
 		res.ID, cluster, size(c.Bytes), count(c.Files, "file"), size(c.Sent), size(c.Kept), c.Start, c.Stop, res.Verified)
+	if c.Uncounted > 0 {
+		e.say("not all rows were counted that count_rows names; pgkeep show %s says why", res.ID)
+	}
 	return err
 }
 

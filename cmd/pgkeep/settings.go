@@ -10,6 +10,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/notify"
 	"github.com/pgkeep/pgkeep/internal/open"
+	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/store"
 )
@@ -61,9 +62,13 @@ func physicalOf(c *config.Config, name string, st store.Store, a repo.Access, lo
 		return nil, err
 	}
 	s := settings.Physical
+	var count []pg.TablePattern
+	for _, t := range s.CountRows {
+		count = append(count, t.Pattern())
+	}
 	return &backup.Physical{Name: name, Host: string(c.Host), Cluster: at, Spool: string(c.Spool), Log: log,
 		Open:    func(ctx context.Context) (*repo.Repo, error) { return repo.Open(ctx, st, a) },
-		Readers: s.Readers, SpreadCheckpoint: s.SpreadCheckpoint, WALWait: s.WALWait,
+		Readers: s.Readers, SpreadCheckpoint: s.SpreadCheckpoint, WALWait: s.WALWait, CountRows: count,
 		Pace: backup.Pace{Rate: int64(s.Rate), MaxLag: int64(s.MaxStandbyLag), MaxLatency: s.MaxReadLatency}}, nil
 }
 

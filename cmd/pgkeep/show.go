@@ -102,7 +102,15 @@ func (e *env) printContents(shown backupShown) error {
 	for _, db := range shown.details.Databases {
 		rows = append(rows, []string{db.Name, size(db.Bytes), bracket(db.LSN.Before, db.LSN.After), moment(db.TakenAt), db.Snapshot})
 	}
-	return table(e.out, "DATABASE SIZE LSN TAKEN SNAPSHOT", rows)
+	if err := table(e.out, "DATABASE SIZE LSN TAKEN SNAPSHOT", rows); err != nil {
+		return err
+	}
+	for _, db := range shown.details.Databases {
+		if db.Uncounted != "" {
+			e.say("rows of database %s were not counted: %s", db.Name, db.Uncounted)
+		}
+	}
+	return nil
 }
 
 // showPhysical is printContents for a physical backup.
@@ -120,6 +128,12 @@ func (e *env) showPhysical(d *backup.PhysicalDetails) error {
 	}
 	for _, f := range d.Damaged {
 		lines = append(lines, [2]string{"DAMAGED", fmt.Sprintf("%s, blocks %v", f.Path, f.Blocks)})
+	}
+	for _, c := range d.Counted {
+		lines = append(lines, [2]string{"rows counted", fmt.Sprintf("of %s in database %s, before %v", count(len(c.Tables), "table"), c.Database, c.After)})
+	}
+	for _, why := range d.Uncounted {
+		lines = append(lines, [2]string{"NOT COUNTED", why})
 	}
 	return pairs(e.out, lines)
 }

@@ -1,6 +1,10 @@
 package backup
 
 import (
+	"cmp"
+	"slices"
+
+	"github.com/pgkeep/pgkeep/internal/cluster"
 	"github.com/pgkeep/pgkeep/internal/repo"
 )
 
@@ -13,6 +17,11 @@ type PhysicalDetails struct {
 	Label         string        `json:"backup_label"`
 	TablespaceMap string        `json:"tablespace_map,omitempty"`
 	Damaged       []DamagedFile `json:"damaged,omitempty"`
+	// The rows of the tables that were to be counted, each database as one
+	// snapshot saw it, after the backup had ended; and what could not be counted,
+	// with the reason.
+	Counted   []cluster.Counted `json:"counted,omitempty"`
+	Uncounted []string          `json:"uncounted,omitempty"`
 }
 
 // A Tablespace is a directory outside the data directory that the backup holds.
@@ -38,4 +47,16 @@ func (d *PhysicalDetails) damaged(e repo.Entry) {
 	if len(d.Damaged) < maxNamed {
 		d.Damaged = append(d.Damaged, DamagedFile{e.Path, e.Damaged[:min(len(e.Damaged), maxNamed)]})
 	}
+}
+
+// maxTables is how many tables' rows a backup tells of: a manifest is small.
+const maxTables = 10_000
+
+// largest keeps the tables with the most rows, no more than most.
+func largest(tables []cluster.TableRows, most int) []cluster.TableRows {
+	if len(tables) <= most {
+		return tables
+	}
+	slices.SortStableFunc(tables, func(a, b cluster.TableRows) int { return cmp.Compare(b.Rows, a.Rows) })
+	return tables[:most]
 }

@@ -198,6 +198,9 @@ type DatabaseDump struct {
 	Snapshot string             `json:"snapshot"`          // pg_current_snapshot
 	TakenAt  time.Time          `json:"taken_at"`
 	Like     cluster.Database   `json:"like"` // how to make one like it
+
+	Rows      []cluster.TableRows `json:"rows,omitempty"`      // of the tables in the dump
+	Uncounted string              `json:"uncounted,omitempty"` // why there are none
 }
 
 // Span returns the smallest bracket that holds those of all databases.
@@ -270,6 +273,7 @@ func (l *Logical) dump(ctx context.Context, tree string, lock *os.File, progress
 	if err != nil {
 		return Details{}, err
 	}
+	left := maxTables
 	for _, db := range facts.Databases {
 		if !slices.ContainsFunc(chosen, func(c cluster.Database) bool { return c.Name == db.Name }) {
 			if db.Dumpable() {
@@ -283,6 +287,8 @@ func (l *Logical) dump(ctx context.Context, tree string, lock *os.File, progress
 		if err != nil {
 			return Details{}, err
 		}
+		one.Rows = largest(one.Rows, left)
+		left -= len(one.Rows)
 		d.Databases = append(d.Databases, one)
 	}
 	return d, writeJSON(filepath.Join(tree, "details.json"), d)
@@ -305,7 +311,15 @@ func (l *Logical) dumpOne(ctx context.Context, db cluster.Database, tools cluste
 	if err != nil {
 		return DatabaseDump{}, err
 	}
-	one.Bytes, err = sizeOf(dir)
+	if one.Bytes, err = sizeOf(dir); err != nil {
+		return DatabaseDump{}, err
+	}
+	one.Rows, err = cluster.CountDump(ctx, tools, snap, dir, func() { progress(one.Bytes) })
+	if err != nil && ctx.Err() == nil { // the dump is as good as before
+		one.Uncounted = err.Error()
+		l.Log.Warn("rows of a dump were not counted; pgkeep show says why", "cluster", l.Name)
+		err = nil
+	}
 	return one, err
 }
 

@@ -41,6 +41,9 @@ type Physical struct {
 	SpreadCheckpoint bool          // begin with a checkpoint that takes its time
 	Pace             Pace          // how hard to read
 	WALWait          time.Duration // for the last segment to be archived; 0: 1 hour
+	// CountRows are the tables whose rows are counted when the copy is done. None:
+	// no table is read.
+	CountRows []pg.TablePattern
 }
 
 func (p *Physical) ref(id repo.ID) repo.Ref { return repo.Ref{Cluster: p.Name, ID: id} }
@@ -155,6 +158,9 @@ type Copied struct {
 	repo.Content
 	Kept int64 `json:"kept"` // bytes of files that were stored before
 	Sent int64 `json:"sent"` // bytes of packs that this attempt sent
+	// Uncounted is how many things kept rows from being counted; the details name
+	// them.
+	Uncounted int `json:"uncounted,omitempty"`
 }
 
 // Copy copies the cluster into the repository, from pg_backup_start to
@@ -210,16 +216,61 @@ const maxStarts = 5
 
 // start begins the backup at the server. That takes as long as a checkpoint does.
 func (p *Physical) start(ctx context.Context, id repo.ID, progress func(repo.Progress)) (*cluster.BackupSession, error) {
-	waiting, done := context.WithCancel(ctx)
-	var telling sync.WaitGroup
-	telling.Go(func() {
+	defer telling(ctx, func() { progress(repo.Progress{}) })()
+	return p.Cluster.StartBackup(ctx, "pgkeep "+string(id), !p.SpreadCheckpoint)
+}
+
+// telling calls tell now and then, until the function that it returns is called.
+func telling(ctx context.Context, tell func()) (done func()) {
+	waiting, cancel := context.WithCancel(ctx)
+	var w sync.WaitGroup
+	w.Go(func() {
 		for rest(waiting, lookEvery) == nil {
-			progress(repo.Progress{})
+			tell()
 		}
 	})
-	defer telling.Wait()
-	defer done()
-	return p.Cluster.StartBackup(ctx, "pgkeep "+string(id), !p.SpreadCheckpoint)
+	return func() {
+		cancel()
+		w.Wait()
+	}
+}
+
+// countFor is how long counting may take: as long it holds back VACUUM, and
+// whoever wants to alter one of the tables.
+const countFor = 30 * time.Minute
+
+// count notes the rows of the tables that were asked for. That they cannot be
+// counted makes no backup worse: it is told, and restore tests say that they
+// have nothing to compare.
+func (p *Physical) count(ctx context.Context, d *PhysicalDetails, tell func()) error {
+	if len(p.CountRows) == 0 {
+		return nil
+	}
+	defer telling(ctx, tell)()
+	limited, cancel := context.WithTimeout(ctx, countFor)
+	defer cancel()
+	var err error
+	d.Counted, d.Uncounted, err = p.Cluster.CountRows(limited, p.CountRows)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if limited.Err() != nil {
+		err = fmt.Errorf("not done within %v", countFor)
+	}
+	if err != nil {
+		d.Uncounted = append(d.Uncounted, err.Error())
+	}
+	left := maxTables
+	for i := range d.Counted {
+		d.Counted[i].Tables = largest(d.Counted[i].Tables, left)
+		left -= len(d.Counted[i].Tables)
+	}
+	d.Counted = slices.DeleteFunc(d.Counted, func(c cluster.Counted) bool { return len(c.Tables) == 0 })
+	if n := len(d.Uncounted); n > 0 { // which name tables
+		d.Uncounted = d.Uncounted[:min(n, maxNamed)]
+		p.Log.Warn("rows were not counted as count_rows wants it; pgkeep show says why", "reasons", n)
+	}
+	return nil
 }
 
 // lookEvery is how often a copy looks whether all is as it was.
@@ -327,6 +378,9 @@ func (p *Physical) copy(ctx context.Context, r *repo.Repo, id repo.ID, total int
 	if err := w.Add(ctx, texts(last, end.Time)); err != nil {
 		return Copied{}, because(ctx, err)
 	}
+	if err := p.count(ctx, &details, func() { progress(*done.Load()) }); err != nil {
+		return Copied{}, because(ctx, err)
+	}
 	sealed, err := r.SealDetails(details)
 	if err != nil {
 		return Copied{}, err
@@ -338,7 +392,7 @@ func (p *Physical) copy(ctx context.Context, r *repo.Repo, id repo.ID, total int
 		return Copied{}, because(ctx, err)
 	}
 	pr := done.Load()
-	return Copied{PhysicalFacts: deref(content.Physical), Content: content, Kept: pr.Kept, Sent: pr.Sent}, nil
+	return Copied{PhysicalFacts: deref(content.Physical), Content: content, Kept: pr.Kept, Sent: pr.Sent, Uncounted: len(details.Uncounted)}, nil
 }
 
 // keepDatabases has the copy hold a directory for each database that was there

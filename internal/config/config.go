@@ -270,6 +270,8 @@ type Physical struct {
 	SpreadCheckpoint bool `yaml:"spread_checkpoint" default:"false"`
 	// How long to wait at the end until the last segment of WAL is archived.
 	WALWait time.Duration `yaml:"wal_wait" default:"1h"`
+	// Tables whose rows are counted at the end of each backup, for restore tests to compare: `database.schema.table`, each with `*` for any characters and `?` for one. The role of `conninfo` must have the right to read them, which it needs for nothing else. Nobody can truncate or alter a table while it is counted. If empty, no table is read.
+	CountRows []Tables `yaml:"count_rows"`
 }
 
 // Schedule is one thing that Temporal starts at certain times.

@@ -58,6 +58,7 @@ clusters:
       max_read_latency: 50ms
       spread_checkpoint: true
       wal_wait: 20m
+      count_rows: [shop.public.*, "*.audit.log_?"]
   other:
     conninfo: postgresql://backup@db2/postgres
     host: db2
@@ -84,7 +85,7 @@ func TestEveryKindOfValueIsRead(t *testing.T) {
 	big := logical
 	big.Databases, big.Jobs, big.RolePasswords, big.StallTimeout = []string{"shop", "2024"}, 4, true, 90*time.Second
 	physical := config.Physical{WALWait: time.Hour}
-	gentle := config.Physical{Readers: 3, Rate: 100 << 20, MaxStandbyLag: 1 << 30, MaxReadLatency: 50 * time.Millisecond, SpreadCheckpoint: true, WALWait: 20 * time.Minute}
+	gentle := config.Physical{Readers: 3, Rate: 100 << 20, MaxStandbyLag: 1 << 30, MaxReadLatency: 50 * time.Millisecond, SpreadCheckpoint: true, WALWait: 20 * time.Minute, CountRows: []config.Tables{"shop.public.*", "*.audit.log_?"}}
 	want := &config.Config{
 		Repository: config.Repository{
 			URL:      config.Location{Bucket: "backups", Prefix: "prod/eu"},

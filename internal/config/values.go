@@ -16,6 +16,8 @@ import (
 	"sync"
 	"time"
 	_ "time/tzdata" // time zones are checked the same way on every host
+
+	"github.com/pgkeep/pgkeep/internal/pg"
 )
 
 // A privateError says what is wrong with a text that may hold a secret: the
@@ -278,6 +280,23 @@ const (
 )
 
 func (i *Isolation) UnmarshalText(b []byte) error { return oneOf(i, b, Required, BestEffort) }
+
+// Tables is a pattern that names tables, as database.schema.table.
+type Tables string
+
+func (p *Tables) UnmarshalText(b []byte) error {
+	if _, err := pg.ParseTablePattern(string(b)); err != nil {
+		return errors.New("want database.schema.table, each with * and ? if need be")
+	}
+	*p = Tables(b)
+	return nil
+}
+
+// Pattern is p taken apart.
+func (p Tables) Pattern() pg.TablePattern {
+	t, _ := pg.ParseTablePattern(string(p)) // checked at the door
+	return t
+}
 
 // Rows are the answer to a query: a line for each row, " | " between values. nil
 // is no answer, not that of no row.
