@@ -245,7 +245,8 @@ func (in *inspection) amcheck(ctx context.Context, conn *pgx.Conn) (schema strin
 }
 
 // relations lists tables with rows of their own and B-tree indexes, the largest
-// first. Temporary ones are of sessions that have gone.
+// first. Temporary ones are of sessions that have gone; a materialized view that was
+// never filled refuses to be read.
 func relations(ctx context.Context, conn *pgx.Conn, major int) ([]relation, error) {
 	ofDatabase := "false"
 	if major >= 15 {
@@ -260,7 +261,7 @@ func relations(ctx context.Context, conn *pgx.Conn, major int) ([]relation, erro
 		                  WHERE t.attrelid = c.oid AND t.attnum > 0 AND NOT t.attisdropped AND t.attgenerated <> 'v'
 		                    AND c.relkind IN ('r', 'm') AND (t.attlen < 0 OR y.typtype = 'e')), '')
 		  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_am a ON a.oid = c.relam
-		 WHERE c.relpersistence <> 't' AND n.nspname <> 'pgkeep_amcheck'
+		 WHERE c.relpersistence <> 't' AND c.relispopulated AND n.nspname <> 'pgkeep_amcheck'
 		   AND (c.relkind IN ('r', 'm', 't')
 		     OR c.relkind = 'i' AND a.amname = 'btree' AND (SELECT indisvalid AND indisready FROM pg_index WHERE indexrelid = c.oid))
 		 ORDER BY c.relpages DESC, c.oid`)

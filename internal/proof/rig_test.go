@@ -66,6 +66,7 @@ func newRig(t *testing.T) *rig {
 		"CREATE INDEX orders_name ON orders (name)",
 		"CREATE INDEX orders_icu ON orders (name COLLATE \"en-x-icu\")",
 		"CREATE MATERIALIZED VIEW names AS SELECT name FROM orders",
+		"CREATE MATERIALIZED VIEW later AS SELECT name FROM orders WITH NO DATA",
 		`CREATE TABLE parts (k int, v text) PARTITION BY LIST (k)`,
 		`CREATE TABLE parts_1 PARTITION OF parts FOR VALUES IN (1)`,
 		`INSERT INTO parts SELECT 1, 'x' FROM generate_series(1, 100)`,
