@@ -47,6 +47,16 @@ func (w Window) Segments(size pg.SegmentSize, from, to pg.LSN) iter.Seq[pg.WALNa
 	}
 }
 
+// Leaves is where the way leaves a timeline; 0 if no segment of it is read.
+func (w Window) Leaves(t pg.Timeline) pg.LSN {
+	for _, s := range w.stop {
+		if s.timeline == t {
+			return s.left
+		}
+	}
+	return 0
+}
+
 // From yields, for each timeline on the way from b to timeline t, the position
 // from which on its segments are on that way.
 func (l Ledger) From(b Base, t pg.Timeline) iter.Seq2[pg.Timeline, pg.LSN] {

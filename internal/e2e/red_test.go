@@ -20,6 +20,7 @@ type defect struct {
 	name   string
 	seed   func(r *rig, b *ground) (undo func())
 	config string // of restore_test, in place of the usual
+	count  string // the tables whose rows are counted
 	args   []string
 	slow   bool // the store, as good as hanging
 	backup bool // one is taken after seed, else the one that is there is tested
@@ -154,6 +155,8 @@ var defects = []defect{
 	{name: "a file of an index that is not there", backup: true, check: "btree", says: "lacks a main relation fork", seed: away(func(b *ground) string { return b.paths["victim_name"] })},
 	{name: "an empty table that had rows", backup: true, check: "assertions", says: "- 5000", config: assertion(`database: app, query: "SELECT count(*) FROM loose", want: "5000"`),
 		seed: changed(func(b *ground) string { return b.paths["loose"] }, func([]byte) []byte { return nil })},
+	{name: "a row fewer than was counted", always: true, backup: true, count: "app.public.*", check: "rows", says: "app: public.loose has 4999 rows, and should have 5000",
+		seed: page("loose", 0, func(p []byte) { binary.LittleEndian.PutUint16(p[12:], binary.LittleEndian.Uint16(p[12:])-4) })},
 	{name: "collations of another version", backup: true, check: "collations", says: "version 1.2 at the source",
 		seed: sql("UPDATE pg_collation SET collversion = '1.2' WHERE collname = 'en-x-icu'", "UPDATE pg_collation SET collversion = pg_collation_actual_version(oid) WHERE collname = 'en-x-icu'")},
 
@@ -241,8 +244,11 @@ func TestADefectIsFound(t *testing.T) {
 				undo = d.seed(r, b)
 			}
 			defer undo()
-			if d.config != "" {
+			if d.config != "" || d.count != "" {
 				text := strings.ReplaceAll(usual, ", memory: 256MB", ", memory: 256MB"+d.config)
+				if d.count != "" {
+					text = strings.ReplaceAll(text, "physical: {rate: 0}", "physical: {rate: 0, count_rows: ["+d.count+"]}")
+				}
 				if strings.Contains(d.config, "SMALL") {
 					small, unmount := r.small()
 					defer unmount()

@@ -14,6 +14,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/pgkeep/pgkeep/internal/backup"
 	"github.com/pgkeep/pgkeep/internal/cluster"
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/pg"
@@ -63,10 +64,14 @@ type expected struct {
 	AtLeast  pg.LSN         `json:"at_least,omitempty"`
 	Timeline pg.Timeline    `json:"timeline,omitempty"`
 	Bytes    int64          `json:"bytes"`
+
+	Rows    map[string]map[string]int64 `json:"rows,omitempty"`
+	Halts   []restore.Halt              `json:"halts,omitempty"`
+	Unknown string                      `json:"unknown,omitempty"`
 }
 
 func writeDown(t Test) expected {
-	return expected{t.Recovery.Command, t.Recovery.Target, t.Recovery.Follow, t.System, t.AtLeast, t.Timeline, t.Bytes}
+	return expected{t.Recovery.Command, t.Recovery.Target, t.Recovery.Follow, t.System, t.AtLeast, t.Timeline, t.Bytes, t.Rows, t.Halts, t.Unknown}
 }
 
 // take opens the sandbox of a test, and reads what stands in it.
@@ -117,7 +122,7 @@ func bootID() string {
 func (b *bench) test() Test {
 	s, e := b.notes.Subject, b.Expect
 	t := Test{Sandbox: b.Sandbox, Source: s.Source, System: e.System, AtLeast: e.AtLeast, Timeline: e.Timeline, Bytes: e.Bytes,
-		Jobs: b.tester.Jobs, Progress: func(doing string) { b.tell(doing, 0, 0) }}
+		Rows: e.Rows, Halts: e.Halts, Unknown: e.Unknown, Jobs: b.tester.Jobs, Progress: func(doing string) { b.tell(doing, 0, 0) }}
 	for _, p := range b.Fetch {
 		t.Fetched += time.Duration(p.Seconds * float64(time.Second))
 	}
@@ -249,7 +254,14 @@ func (b *bench) bring(ctx context.Context, r *repo.Repo) error {
 	if _, err := p.Run(ctx, plan); err != nil {
 		return err
 	}
-	b.Expect = writeDown(Expect(p, plan))
+	expect := Expect(p, plan)
+	if expect.Halts, expect.Unknown, err = p.Halts(ctx, plan); err != nil {
+		if ctx.Err() != nil {
+			return err
+		}
+		expect.Unknown = "what was counted, or the log of that moment, cannot be read" // replay will tell
+	}
+	b.Expect = writeDown(expect)
 	b.Fetch = []Phase{{Name: Fetch, Seconds: time.Since(begun).Seconds(), Bytes: plan.Bytes}}
 	return nil
 }
@@ -306,9 +318,30 @@ func (b *bench) load(ctx context.Context, r *repo.Repo) (err error) {
 		}
 	}
 	turn("")
-	b.Expect = expected{Bytes: m.Bytes}
+	b.Expect = expected{Bytes: m.Bytes, Rows: rowsOf(details)}
+	if b.Expect.Rows == nil {
+		b.Expect.Unknown = "no rows were counted when the backup was taken"
+	}
 	b.Fetch = []Phase{{Name: Fetch, Seconds: spent[restore.Fetching].Seconds(), Bytes: m.Bytes}, {Name: Load, Seconds: spent[restore.Restoring].Seconds(), Bytes: m.Bytes}}
 	return b.Close(ctx)
+}
+
+// rowsOf are the rows that tables of a logical backup have; nil: they were not
+// counted.
+func rowsOf(d backup.Details) map[string]map[string]int64 {
+	rows := make(map[string]map[string]int64)
+	for _, db := range d.Databases {
+		for _, t := range db.Rows {
+			if rows[db.Name] == nil {
+				rows[db.Name] = make(map[string]int64)
+			}
+			rows[db.Name][t.String()] = t.Rows
+		}
+	}
+	if len(rows) == 0 {
+		return nil
+	}
+	return rows
 }
 
 // loadOne restores a database, with owners and grants: roles that are missing

@@ -14,6 +14,7 @@ import (
 
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/restore"
 	"github.com/pgkeep/pgkeep/internal/sandbox"
 )
 
@@ -37,9 +38,14 @@ type Test struct {
 	Fetched time.Duration // how long it took to restore the files
 	Bytes   int64         // of those files
 
-	// Rows that tables must have, by database and by "schema.table"; counted
-	// exactly where replay ends.
-	Rows       map[string]map[string]int64
+	// Rows that tables must have where replay ends, by database and table, as
+	// cluster.TableRows names it.
+	Rows map[string]map[string]int64
+	// Halts are places on the way of replay at which tables must have the rows that
+	// were counted at the source, in order.
+	Halts []restore.Halt
+	// Unknown says why there are no Rows and no Halts, or not all there might be.
+	Unknown    string
 	Assertions []Assertion
 
 	Skip []string // names of checks not to be made
@@ -175,12 +181,20 @@ func (t Test) replay(ctx context.Context, r *Report) bool {
 	if recovery.Progress == nil {
 		recovery.Progress = func(doing string) { t.tell("%s", doing) }
 	}
+	halted, rows, err := t.halt(ctx, r, recovery)
+	if err != nil {
+		return false
+	}
 	done, err := t.Sandbox.Recover(ctx, recovery)
+	done = done.After(halted)
 	log := int64(0)
 	if done.LSN > done.From && done.From > 0 {
 		log = int64(done.LSN - done.From)
 	}
 	r.Phases = append(r.Phases, Phase{Name: Replay, Seconds: done.Took.Seconds(), Bytes: log})
+	if rows.Seconds > 0 {
+		r.Phases = append(r.Phases, Phase{Name: Rows, Seconds: rows.Seconds})
+	}
 	r.RTO = (t.Fetched + done.Took).Seconds()
 	r.Segments, r.Reason = done.Segments, done.Reason
 	if err != nil {
@@ -195,6 +209,9 @@ func (t Test) replay(ctx context.Context, r *Report) bool {
 	r.Checks = append(r.Checks,
 		Check{Name: CheckReplay, Verdict: Passed, Items: int64(done.Segments), Seconds: done.Took.Seconds()},
 		t.checkTarget(done), t.checkSystem(done.Control))
+	if t.Rows == nil {
+		r.Checks = append(r.Checks, rows)
+	}
 	return true
 }
 

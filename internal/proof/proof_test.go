@@ -16,8 +16,10 @@ import (
 	"time"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/proof"
 	"github.com/pgkeep/pgkeep/internal/repo"
+	"github.com/pgkeep/pgkeep/internal/restore"
 	"github.com/pgkeep/pgkeep/internal/sandbox"
 )
 
@@ -81,6 +83,95 @@ func TestGreenAtOtherTargets(t *testing.T) {
 				t.Errorf("%+v is red:\n%s", rep, failures(rep))
 			}
 		})
+	}
+}
+
+// Rows are compared where they were counted, and replay goes on to the target all
+// the same. A row too few at the one place or the other is found; what keeps from
+// an answer is no failure.
+func TestRowsAreComparedOnTheWay(t *testing.T) {
+	r := newRig(t)
+	s := r.sandbox(t, "halts")
+	halts := func(change func(halts []restore.Halt)) []restore.Halt {
+		var copied []restore.Halt
+		text, err := json.Marshal(r.halts)
+		must(t, err)
+		must(t, json.Unmarshal(text, &copied))
+		change(copied)
+		return copied
+	}
+	for name, c := range map[string]struct {
+		halts   []restore.Halt
+		target  sandbox.Target
+		verdict proof.Verdict
+		says    string
+	}{
+		"equal":             {r.halts, sandbox.Target{}, proof.Passed, ""},
+		"to the very place": {r.halts, sandbox.Target{LSN: r.halts[1].At, Exclusive: true}, proof.Passed, ""},
+		"a row too few": {halts(func(h []restore.Halt) { h[0].Counted[0].Tables[0].Rows++ }), sandbox.Target{}, proof.Failed,
+			"postgres: public.orders has 4000 rows, and should have 4001"},
+		"a row too many, later": {halts(func(h []restore.Halt) { h[1].Counted[1].Tables[0].Rows-- }), sandbox.Target{}, proof.Failed,
+			"shop: public.items has 2000 rows, and should have 1999"},
+		"no table": {halts(func(h []restore.Halt) { h[0].Counted[0].Tables[0].Table = "gone" }), sandbox.Target{}, proof.Failed,
+			"postgres: public.gone is not there, and should have 4000 rows"},
+		"nobody to ask": {halts(func(h []restore.Halt) {
+			for i := range h {
+				for j := range h[i].Counted {
+					h[i].Counted[j].Role = "nobody"
+				}
+			}
+		}), sandbox.Target{}, proof.Skipped, "may not connect"},
+		"not counted": {nil, sandbox.Target{}, proof.Skipped, "nobody counted"},
+	} {
+		must(t, s.Empty())
+		r.restore(t, s)
+		test := r.test(s)
+		test.Rows, test.Halts, test.Recovery.Target = nil, c.halts, c.target
+		test.Skip = []string{proof.CheckManifest, proof.CheckChecksums, proof.CheckHeap, proof.CheckBTree}
+		if c.halts == nil {
+			test.Unknown = "nobody counted"
+		}
+		if c.target != (sandbox.Target{}) {
+			test.AtLeast, test.Assertions = 0, nil
+		}
+		rep := run(t, test)
+		rows := verdict(rep, proof.CheckRows)
+		if rows.Verdict != c.verdict || !strings.Contains(rows.Message+strings.Join(rows.Findings, "\n"), c.says) || (rep.Verdict == proof.Passed) != (c.verdict != proof.Failed) {
+			t.Errorf("%s: %s, %+v\n%s", name, rep.Verdict, rows, failures(rep))
+		}
+		if c.target == (sandbox.Target{}) && (rep.Reached.LSN < r.end || rep.Segments == 0) {
+			t.Errorf("%s: replay did not go on to the end: %+v", name, rep)
+		}
+		if !rep.Isolation.Network {
+			t.Errorf("%s: %+v", name, rep.Isolation)
+		}
+		t.Logf("%s: %+v", name, rep.Phases)
+	}
+}
+
+// Where a transaction has too many subtransactions for the log to tell of them all, a
+// server in recovery takes no connections. It would open instead, and spoil the
+// rest of the test: it must not.
+func TestRowsThatCannotBeComparedOnTheWay(t *testing.T) {
+	r := newRig(t)
+	conn, err := r.pg.Connect(t.Context(), "postgres")
+	must(t, err)
+	defer conn.Close(context.Background())
+	_, err = conn.Exec(t.Context(), "BEGIN; CREATE TABLE subs (i int); DO $$ BEGIN FOR i IN 1..100 LOOP BEGIN INSERT INTO subs VALUES (i); EXCEPTION WHEN OTHERS THEN RAISE; END; END LOOP; END $$")
+	must(t, err)
+	r.backup(t)
+	r.halts = nil
+	r.halt(t)
+	r.exec(t, "postgres", "DELETE FROM orders WHERE id = 1")
+	end := r.text(t, "postgres", "SELECT pg_current_wal_lsn()::text")
+	r.switchWAL(t)
+	test := r.test(r.sandbox(t, "subtransactions"))
+	test.Rows, test.Halts, test.Assertions = nil, r.halts, nil
+	test.AtLeast, err = pg.ParseLSN(end)
+	must(t, err)
+	rep := run(t, test)
+	if rows := verdict(rep, proof.CheckRows); rep.Verdict != proof.Passed || rows.Verdict != proof.Skipped || !strings.Contains(rows.Message, "could not be read") || rep.Reached.Timeline != 1 {
+		t.Errorf("%+v\n%s", rep, failures(rep))
 	}
 }
 

@@ -74,6 +74,7 @@ const (
 	Load      = "load"      // pg_restore, of a logical backup
 	Manifest  = "manifest"  // pg_verifybackup
 	Replay    = "replay"    // of the log
+	Rows      = "rows"      // counted on the way, with a start of the server for each time
 	Checksums = "checksums" // pg_checksums
 	Open      = "open"      // until it takes connections
 	Checks    = "checks"    // of what is in it

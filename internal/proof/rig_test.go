@@ -11,9 +11,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pgkeep/pgkeep/internal/cluster"
 	"github.com/pgkeep/pgkeep/internal/lab"
 	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/proof"
+	"github.com/pgkeep/pgkeep/internal/restore"
 	"github.com/pgkeep/pgkeep/internal/sandbox"
 )
 
@@ -32,6 +34,7 @@ type rig struct {
 	xid     string                      // of a transaction in the middle
 	rows    map[string]map[string]int64 // at the end
 	atFirst int64                       // rows of public.orders in the middle
+	halts   []restore.Halt              // in the middle, and a little later
 	paths   map[string]string           // of relations, below the data directory
 }
 
@@ -92,19 +95,17 @@ func newRig(t *testing.T) *rig {
 	}
 	r.system = system
 
-	out, err := r.pg.Command(t.Context(), "pg_basebackup", "--pgdata="+r.base, "--dbname="+r.pg.Conninfo(), "--wal-method=none", "--checkpoint=fast",
-		"--tablespace-mapping="+dir+"/live="+r.space, "--no-sync").CombinedOutput()
-	if err != nil {
-		t.Fatalf("pg_basebackup: %v: %s", err, out)
-	}
+	r.backup(t)
 	r.exec(t, "postgres", "INSERT INTO orders SELECT i, 'name ' || i, 'short' FROM generate_series(3001, 4000) i")
 	r.atFirst = 4000
+	r.halt(t)
 	r.middle, err = time.Parse("2006-01-02 15:04:05.999999-07", r.text(t, "postgres", "SELECT (clock_timestamp() AT TIME ZONE 'UTC')::text || '+00'"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	r.xid = r.text(t, "postgres", "SELECT pg_current_xact_id()::text")
 	r.exec(t, "postgres", "SELECT pg_create_restore_point('half')", "INSERT INTO orders SELECT i, 'name ' || i, repeat(md5(i::text), 60) FROM generate_series(4001, 6000) i", "REFRESH MATERIALIZED VIEW names")
+	r.halt(t)
 	r.exec(t, "shop", "INSERT INTO items SELECT i, i FROM generate_series(2001, 2500) i")
 	// And what it does to hide damage, or to break off whoever looks for it.
 	r.exec(t, "postgres",
@@ -123,6 +124,36 @@ func newRig(t *testing.T) *rig {
 	}
 	r.switchWAL(t)
 	return r
+}
+
+// backup takes the base backup, in place of the one before.
+func (r *rig) backup(t *testing.T) {
+	t.Helper()
+	for _, dir := range []string{r.base, r.space} {
+		left, _ := filepath.Glob(dir + "/*")
+		for _, path := range left {
+			os.RemoveAll(path)
+		}
+	}
+	out, err := r.pg.Command(t.Context(), "pg_basebackup", "--pgdata="+r.base, "--dbname="+r.pg.Conninfo(), "--wal-method=none", "--checkpoint=fast",
+		"--tablespace-mapping="+r.dir+"/live="+r.space, "--no-sync").CombinedOutput()
+	if err != nil {
+		t.Fatalf("pg_basebackup: %v: %s", err, out)
+	}
+}
+
+// halt counts all rows. Nobody writes meanwhile.
+func (r *rig) halt(t *testing.T) {
+	t.Helper()
+	all, err := pg.ParseTablePattern("*.*.*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	counted, missing, err := cluster.Cluster{Conninfo: r.pg.Conninfo()}.CountRows(t.Context(), []pg.TablePattern{all})
+	if err != nil || len(missing) > 0 || len(counted) != 2 {
+		t.Fatalf("%+v, %q, %v", counted, missing, err)
+	}
+	r.halts = append(r.halts, restore.Halt{At: counted[1].After, Counted: counted})
 }
 
 // switchWAL has everything archived that was written so far.

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -74,7 +76,8 @@ type Recovery struct {
 	Progress func(doing string)
 }
 
-// Recovered is what a recovery did.
+// Recovered is what a recovery did. After Halt, it tells nothing of where that
+// is but Control.
 type Recovered struct {
 	From       pg.LSN      // where replay began
 	LSN        pg.LSN      // where it ended, and the new timeline begins
@@ -84,6 +87,24 @@ type Recovered struct {
 	Reason     string      // why it ended there, in PostgreSQL's words
 	Took       time.Duration
 	Control    Control // after it
+
+	names string // of the segments that were fetched, with blanks between
+}
+
+// After is what two recoveries did, r after an earlier one that had halted.
+func (r Recovered) After(earlier Recovered) Recovered {
+	if earlier.From != 0 {
+		r.From = earlier.From
+	}
+	if r.LastCommit.IsZero() {
+		r.LastCommit = earlier.LastCommit
+	}
+	names := strings.Fields(earlier.names + " " + r.names)
+	slices.Sort(names)
+	names = slices.Compact(names) // some are fetched again
+	r.Segments, r.names = len(names), strings.Join(names, " ")
+	r.Took += earlier.Took
+	return r
 }
 
 // Recover replays the log up to the target and ends the server again, so that
@@ -105,33 +126,49 @@ func (s *Sandbox) Recover(ctx context.Context, r Recovery) (Recovered, error) {
 }
 
 func (s *Sandbox) recover(ctx context.Context, r Recovery) (done Recovered, err error) {
+	set, done, err := s.replay(ctx, r, "promote")
+	if err != nil {
+		return done, err
+	}
+	if err := s.unsync(set); err != nil {
+		return done, err
+	}
+	if err := s.Close(ctx); err != nil {
+		return done, err
+	}
+	if done.Control, err = s.Control(ctx); err != nil {
+		return done, err
+	}
+	return done, s.readFork(&done)
+}
+
+// replay starts the server, and returns when it has replayed what it is told to:
+// then it is open to nobody, or, with the action "shutdown", has ended.
+func (s *Sandbox) replay(ctx context.Context, r Recovery, action string) (set map[string]string, done Recovered, err error) {
 	if r.Command == "" {
-		return done, fmt.Errorf("there is no restore_command: %w", fail.BadConfig)
+		return nil, done, fmt.Errorf("there is no restore_command: %w", fail.BadConfig)
 	}
 	major, err := s.major()
 	if err != nil {
-		return done, err
+		return nil, done, err
 	}
 	before, err := s.Control(ctx)
 	if err != nil {
-		return done, err
+		return nil, done, err
 	}
-	set := s.settings(major, before)
+	set = s.settings(major, before)
 	set["fsync"] = "on"
 	set["restore_command"] = r.Command
-	set["recovery_target_timeline"] = "latest"
-	if r.Follow != 0 {
-		set["recovery_target_timeline"] = strconv.FormatUint(uint64(r.Follow), 10)
-	}
-	for name, value := range r.Target.settings() {
+	for name, value := range r.settings() {
 		set[name] = value
 	}
+	set["recovery_target_action"] = action
 	if err := s.configure(set, "local all all reject\n"); err != nil {
-		return done, err
+		return nil, done, err
 	}
 	os.Remove(filepath.Join(s.Data(), "standby.signal"))
 	if err := s.write(filepath.Join(s.Data(), "recovery.signal"), ""); err != nil {
-		return done, err
+		return nil, done, err
 	}
 
 	limited := ctx
@@ -141,31 +178,105 @@ func (s *Sandbox) recover(ctx context.Context, r Recovery) (done Recovered, err 
 		defer cancel()
 	}
 	begun := time.Now()
-	log, err := s.startServer(limited, false, r.Env, r.Progress)
+	log, err := s.startServer(limited, false, r.Env, r.Progress, s.ready)
 	done, perr := parseReplay(log)
 	done.Took = time.Since(begun)
+	for _, m := range restored.FindAllStringSubmatch(log, -1) {
+		done.names += " " + m[1]
+	}
 	switch {
+	case action == "shutdown" && errors.Is(err, errEnded) && strings.Contains(log, "shutdown at recovery target"):
 	case err == nil:
 	case ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded):
-		return done, fail.With(fail.Stalled, fmt.Errorf("not done within %v%s", r.Limit, strings.TrimPrefix(err.Error(), context.DeadlineExceeded.Error())))
+		return set, done, fail.With(fail.Stalled, fmt.Errorf("not done within %v%s", r.Limit, strings.TrimPrefix(err.Error(), context.DeadlineExceeded.Error())))
 	case errors.Is(err, errEnded) && fail.KindOf(err) == fail.Unknown:
-		return done, fail.With(fail.RestoreFailed, err)
+		return set, done, fail.With(fail.RestoreFailed, err)
 	default:
-		return done, err
+		return set, done, err
 	}
-	if err := s.unsync(set); err != nil {
-		return done, err
+	return set, done, perr
+}
+
+// settings are those of the target and of the way there.
+func (r Recovery) settings() map[string]string {
+	set := r.Target.settings()
+	set["recovery_target_timeline"] = "latest"
+	if r.Follow != 0 {
+		set["recovery_target_timeline"] = strconv.FormatUint(uint64(r.Follow), 10)
 	}
-	if err := s.Close(ctx); err != nil {
-		return done, err
+	return set
+}
+
+// Halt replays the log as Recover does, but does not open: another Halt, or
+// Recover, goes on from there. The target is a position, exclusive: all records that
+// begin before it are replayed.
+func (s *Sandbox) Halt(ctx context.Context, r Recovery) (Recovered, error) {
+	_, done, err := s.replay(ctx, r, "shutdown")
+	if err == nil && s.server != nil { // it has not come by the target, and would open
+		s.kill()
+		err = fmt.Errorf("the server did not halt: %w", fail.RestoreFailed)
 	}
-	if perr != nil {
-		return done, perr
+	if err == nil {
+		done.Control, err = s.Control(ctx)
 	}
-	if done.Control, err = s.Control(ctx); err != nil {
-		return done, err
+	if err != nil {
+		return done, fmt.Errorf("replay up to %v: %w", r.Target, err)
 	}
-	return done, s.readFork(&done)
+	return done, nil
+}
+
+// Peek opens, for questions and offline, what Halt with the same target and
+// timeline has left: ConnectAs works until Close. Nothing can be changed, and so
+// no role can be made. The server never gets any further: to open it would take a
+// new timeline, and whether a number for that is free it is refused to know.
+func (s *Sandbox) Peek(ctx context.Context, r Recovery) error {
+	if err := s.peek(ctx, r); err != nil {
+		return fmt.Errorf("open the cluster as of %v: %w", r.Target, err)
+	}
+	return nil
+}
+
+func (s *Sandbox) peek(ctx context.Context, r Recovery) error {
+	major, err := s.major()
+	if err != nil {
+		return err
+	}
+	c, err := s.Control(ctx)
+	if err != nil {
+		return err
+	}
+	set := s.settings(major, c)
+	for name, value := range r.settings() {
+		set[name] = value
+	}
+	if r.Follow == 0 { // the newest is looked for by asking for the history of the one after it
+		set["recovery_target_timeline"] = "current"
+	}
+	set["hot_standby"] = "on"
+	for i, name := range standbySettings { // else it takes no connections
+		have, _ := strconv.Atoi(set[name])
+		set[name] = strconv.Itoa(max(have, c.standby[i]))
+	}
+	set["recovery_target_action"] = "pause"
+	// All it needs is in pg_wal by now. Exit status 1 means that the archive has
+	// nothing, above 125 that nobody knows.
+	set["restore_command"] = `case %f in *.history) test -e pg_wal/%f || exit 200;; esac; exit 1`
+	if err := s.configure(set, "local all all trust\n"); err != nil {
+		return err
+	}
+	log, err := s.startServer(ctx, true, nil, nil, func() bool {
+		return s.paused() || strings.Contains(s.serverLog(), "insufficient parameter settings") // which it waits for, too
+	})
+	if err == nil && !s.paused() {
+		s.kill()
+		err = fmt.Errorf("it takes no connections: %s: %w", lastLine(log), fail.RestoreFailed)
+	}
+	return err
+}
+
+// paused reports whether the server waits at the target, and takes connections.
+func (s *Sandbox) paused() bool {
+	return s.ready() && strings.Contains(s.serverLog(), "pausing at the end of recovery")
 }
 
 // unsync lets the server end without waiting for the disk: who restores opens it
@@ -177,6 +288,8 @@ func (s *Sandbox) unsync(set map[string]string) error {
 	}
 	return s.server.cmd.Process.Signal(syscall.SIGHUP)
 }
+
+var restored = regexp.MustCompile(`restored log file "([0-9A-F]{24})"`)
 
 // parseReplay reads what a server logged of its recovery (StartupXLOG in
 // PostgreSQL's access/transam/xlog.c and xlogrecovery.c).
@@ -253,6 +366,6 @@ func (s *Sandbox) open(ctx context.Context) error {
 	if out, err := s.run(ctx, roles, "postgres", "--single", "-D", s.Data(), "-c", "config_file="+s.confFile(), "template1"); err != nil {
 		return explain(out, err)
 	}
-	_, err = s.startServer(ctx, true, nil, nil)
+	_, err = s.startServer(ctx, true, nil, nil, s.ready)
 	return err
 }

@@ -116,8 +116,11 @@ type Control struct {
 	SegmentSize pg.SegmentSize
 	Checksums   bool
 
-	prepared, locks int // settings that must not be smaller than the source's
+	prepared, locks int    // settings that must not be smaller than the source's
+	standby         [3]int // likewise, where there are connections during recovery: see standbySettings
 }
+
+var standbySettings = [...]string{"max_connections", "max_worker_processes", "max_wal_senders"}
 
 // Control reads the control file.
 func (s *Sandbox) Control(ctx context.Context) (Control, error) {
@@ -162,6 +165,9 @@ func parseControl(text string) (c Control, err error) {
 	c.Checksums = number("Data page checksum version") > 0
 	c.prepared = int(number("max_prepared_xacts setting"))
 	c.locks = int(number("max_locks_per_xact setting"))
+	for i, name := range standbySettings {
+		c.standby[i] = int(number(name + " setting"))
+	}
 	return c, errors.Join(err, serr)
 }
 
@@ -253,9 +259,9 @@ func (s *Sandbox) write(path, content string) error {
 	return s.own(path)
 }
 
-// startServer runs the postmaster and waits until it has replayed what there is
-// and takes connections, or would. It returns what the log says.
-func (s *Sandbox) startServer(ctx context.Context, offline bool, env []string, progress func(string)) (log string, err error) {
+// startServer runs the postmaster and waits until it is up: has replayed what there
+// is, say, and takes connections, or would. It returns what the log says.
+func (s *Sandbox) startServer(ctx context.Context, offline bool, env []string, progress func(string), up func() bool) (log string, err error) {
 	bin, err := s.program("postgres")
 	if err != nil {
 		return "", err
@@ -274,7 +280,7 @@ func (s *Sandbox) startServer(ctx context.Context, offline bool, env []string, p
 	if err != nil {
 		return "", err
 	}
-	err = s.await(ctx, progress, s.ready)
+	err = s.await(ctx, progress, up)
 	log = s.serverLog()
 	s.tell("postgres", log)
 	if err != nil {
