@@ -118,14 +118,26 @@ func (c Cluster) countDatabase(ctx context.Context, db string, tables []pg.Table
 	}
 	begin := "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL lock_timeout = '10s'; SET LOCAL row_security = off; LOCK TABLE " +
 		strings.Join(names, ", ") + " IN ACCESS SHARE MODE"
-	if _, err := conn.Exec(ctx, begin, pgx.QueryExecModeSimpleProtocol); err != nil {
-		return counted, missing, queryError("lock the tables against TRUNCATE", err)
-	}
-	if err := conn.QueryRow(ctx, "SELECT pg_current_snapshot()::text, session_user::text").Scan(&counted.Snapshot, &counted.Role); err != nil {
-		return counted, missing, queryError("take a snapshot", err)
-	}
-	if counted.After, _, err = position(ctx, conn); err != nil {
-		return counted, missing, queryError("take a snapshot", err)
+	for try := 1; ; try++ {
+		if _, err := conn.Exec(ctx, begin, pgx.QueryExecModeSimpleProtocol); err != nil {
+			return counted, missing, queryError("lock the tables against TRUNCATE", err)
+		}
+		if err := conn.QueryRow(ctx, "SELECT pg_current_snapshot()::text, session_user::text").Scan(&counted.Snapshot, &counted.Role); err != nil {
+			return counted, missing, queryError("take a snapshot", err)
+		}
+		if counted.After, _, err = position(ctx, conn); err != nil {
+			return counted, missing, queryError("take a snapshot", err)
+		}
+		calm, err := calm(ctx, conn, counted.Snapshot)
+		if err != nil {
+			return counted, missing, queryError("take a snapshot", err)
+		}
+		if calm || try == mostSnapshots {
+			break
+		}
+		if _, err := conn.Exec(ctx, "ROLLBACK"); err != nil {
+			return counted, missing, queryError("take a snapshot", err)
+		}
 	}
 	for _, t := range wanted {
 		err := countOne(ctx, conn, &t)
@@ -139,6 +151,32 @@ func (c Cluster) countDatabase(ctx context.Context, db string, tables []pg.Table
 		counted.Tables = append(counted.Tables, t)
 	}
 	return counted, missing, nil
+}
+
+// mostSnapshots is how many are taken at most, to get one for which there is a
+// place in the log.
+const mostSnapshots = 40
+
+// calm reports whether no transaction was about to commit when a snapshot was
+// taken: its record could be in the log before that of one that the snapshot sees.
+// One that was is at its end by now.
+func calm(ctx context.Context, conn *pgx.Conn, snapshot string) (yes bool, err error) {
+	seen, err := pg.ParseSnapshot(snapshot)
+	if err != nil || len(seen.Running) == 0 {
+		return err == nil, err
+	}
+	select {
+	case <-time.After(10 * time.Millisecond): // as long as a flush takes
+	case <-ctx.Done():
+		return false, ctx.Err()
+	}
+	var running []string
+	for _, xid := range seen.Running {
+		running = append(running, strconv.FormatUint(xid, 10))
+	}
+	// This function knows what is so now, whatever the transaction's snapshot.
+	err = conn.QueryRow(ctx, "SELECT bool_and(pg_xact_status(x::xid8) IS NOT DISTINCT FROM 'in progress') FROM unnest($1::text[]) x", pgx.QueryExecModeExec, running).Scan(&yes)
+	return yes, err
 }
 
 // countOne leaves the transaction as it was, also where it fails.
