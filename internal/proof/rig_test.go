@@ -98,14 +98,14 @@ func newRig(t *testing.T) *rig {
 	r.backup(t)
 	r.exec(t, "postgres", "INSERT INTO orders SELECT i, 'name ' || i, 'short' FROM generate_series(3001, 4000) i")
 	r.atFirst = 4000
-	r.halt(t)
+	r.halt(t, "*.*.*")
 	r.middle, err = time.Parse("2006-01-02 15:04:05.999999-07", r.text(t, "postgres", "SELECT (clock_timestamp() AT TIME ZONE 'UTC')::text || '+00'"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	r.xid = r.text(t, "postgres", "SELECT pg_current_xact_id()::text")
 	r.exec(t, "postgres", "SELECT pg_create_restore_point('half')", "INSERT INTO orders SELECT i, 'name ' || i, repeat(md5(i::text), 60) FROM generate_series(4001, 6000) i", "REFRESH MATERIALIZED VIEW names")
-	r.halt(t)
+	r.halt(t, "*.*.*")
 	r.exec(t, "shop", "INSERT INTO items SELECT i, i FROM generate_series(2001, 2500) i")
 	// And what it does to hide damage, or to break off whoever looks for it.
 	r.exec(t, "postgres",
@@ -142,18 +142,18 @@ func (r *rig) backup(t *testing.T) {
 	}
 }
 
-// halt counts all rows. Nobody writes meanwhile.
-func (r *rig) halt(t *testing.T) {
+// halt counts the rows of tables. Nobody writes meanwhile.
+func (r *rig) halt(t *testing.T, tables string) {
 	t.Helper()
-	all, err := pg.ParseTablePattern("*.*.*")
+	all, err := pg.ParseTablePattern(tables)
 	if err != nil {
 		t.Fatal(err)
 	}
 	counted, missing, err := cluster.Cluster{Conninfo: r.pg.Conninfo()}.CountRows(t.Context(), []pg.TablePattern{all})
-	if err != nil || len(missing) > 0 || len(counted) != 2 {
+	if err != nil || len(missing) > 0 || len(counted) == 0 {
 		t.Fatalf("%+v, %q, %v", counted, missing, err)
 	}
-	r.halts = append(r.halts, restore.Halt{At: counted[1].After, Counted: counted})
+	r.halts = append(r.halts, restore.Halt{At: counted[len(counted)-1].After, Counted: counted})
 }
 
 // switchWAL has everything archived that was written so far.
