@@ -112,7 +112,7 @@ type RestoreTest struct {
 	Memory Bytes `yaml:"memory" default:"1GB"`
 	// Libraries to load into the server that are no part of PostgreSQL, because data cannot be replayed or read without them. Nothing else is preloaded.
 	Preload []string `yaml:"preload"`
-	// Which backup is tested if nobody names one: the `newest`, a `random` one, the `oldest-unproven`, or a `random-moment` of all that can be recovered.
+	// Which backup is tested if nobody names one: the `newest`, a `random` one, the `oldest-unproven`, or a `random-moment` of all that can be recovered. Where there are physical and logical backups, the first and the last take the kinds in turn.
 	Policy TestPolicy `yaml:"policy" default:"newest"`
 	// How long a test may take in all. 0s: as long as it needs.
 	Limit time.Duration `yaml:"limit" default:"12h"`

@@ -9,16 +9,17 @@ import (
 	"time"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/repo"
 )
 
 // A Policy says which backup is tested next.
 type Policy string
 
 const (
-	Newest         Policy = "newest"
+	Newest         Policy = "newest" // of the kind, physical or logical, whose turn it is
 	Random         Policy = "random"
 	OldestUnproven Policy = "oldest-unproven" // or, if all are proven, the one whose proof is oldest
-	RandomMoment   Policy = "random-moment"   // in the window that can be recovered, with the backup it takes
+	RandomMoment   Policy = "random-moment"   // in the window that can be recovered, with the backup it takes; of the kind whose turn it is
 )
 
 // ParsePolicy parses the text form.
@@ -34,9 +35,11 @@ func ParsePolicy(s string) (Policy, error) {
 // A Candidate is a backup that could be tested.
 type Candidate struct {
 	ID     string
+	Kind   repo.Kind
 	At     time.Time // the first moment that it can be recovered to
 	Until  time.Time // the last, without a gap in the log; zero: only At, as of a logical backup
 	Proven time.Time // when it passed a test last; zero: never
+	Tested time.Time // when it was tested last, whatever came of it; zero: never
 }
 
 // A Choice is what to test.
@@ -57,6 +60,9 @@ func Pick(p Policy, seed string, from []Candidate) (Choice, error) {
 	h := fnv.New64a()
 	h.Write([]byte(seed)) // never fails
 	random := rand.New(rand.NewPCG(h.Sum64(), 0))
+	if p == Newest || p == RandomMoment {
+		from = kindInTurn(from)
+	}
 	switch p {
 	case Newest:
 		return Choice{ID: from[len(from)-1].ID}, nil
@@ -69,6 +75,27 @@ func Pick(p Policy, seed string, from []Candidate) (Choice, error) {
 		return pickMoment(from, random), nil
 	}
 	return Choice{}, fmt.Errorf("pick a backup to test: policy %q: %w", p, fail.BadConfig)
+}
+
+// kindInTurn are those of the kind that was not tested for longest; of kinds that
+// were never, the one with the newest. Else a cluster whose dumps come last would
+// never have its physical backups tested, nor the other way round by moments. It is
+// the last test that counts, not the last that passed: one kind that never passes
+// does not keep the other from its turn.
+func kindInTurn(from []Candidate) []Candidate {
+	tested := make(map[repo.Kind]time.Time)
+	for _, c := range from {
+		if last, ok := tested[c.Kind]; !ok || c.Tested.After(last) {
+			tested[c.Kind] = c.Tested
+		}
+	}
+	turn := from[len(from)-1].Kind
+	for _, c := range from { // no order of a map
+		if tested[c.Kind].Before(tested[turn]) {
+			turn = c.Kind
+		}
+	}
+	return slices.DeleteFunc(from, func(c Candidate) bool { return c.Kind != turn })
 }
 
 // pickMoment draws a moment of all that can be recovered, each second as likely

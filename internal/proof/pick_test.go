@@ -10,6 +10,7 @@ import (
 
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/proof"
+	"github.com/pgkeep/pgkeep/internal/repo"
 )
 
 func at(hour int) time.Time { return time.Date(2026, 11, 22, hour, 0, 0, 0, time.UTC) }
@@ -40,6 +41,30 @@ func TestPick(t *testing.T) {
 	}
 	if p, err := proof.ParsePolicy("random-moment"); err != nil || p != proof.RandomMoment {
 		t.Errorf("ParsePolicy = %v, %v", p, err)
+	}
+}
+
+// Where dumps are taken last, "newest" was always a dump.
+func TestPickTakesKindsInTurn(t *testing.T) {
+	all := []proof.Candidate{
+		{ID: "base", Kind: repo.Physical, At: at(1), Until: at(3)},
+		{ID: "later", Kind: repo.Physical, At: at(3), Until: at(9)},
+		{ID: "dump", Kind: repo.Logical, At: at(2)},
+		{ID: "last", Kind: repo.Logical, At: at(8)},
+	}
+	for i, step := range []struct {
+		policy proof.Policy
+		want   []string
+	}{
+		{proof.Newest, []string{"last"}}, {proof.Newest, []string{"later"}}, {proof.RandomMoment, []string{"dump", "last"}},
+		{proof.RandomMoment, []string{"base", "later"}}, {proof.Newest, []string{"last"}},
+	} {
+		got, err := proof.Pick(step.policy, fmt.Sprint(i), all)
+		n := slices.IndexFunc(all, func(c proof.Candidate) bool { return c.ID == got.ID })
+		if err != nil || !slices.Contains(step.want, got.ID) {
+			t.Fatalf("test %d, %s: %+v, %v; want one of %q", i, step.policy, got, err, step.want)
+		}
+		all[n].Tested = at(10 + i) // and, as nothing is Proven, it has failed
 	}
 }
 

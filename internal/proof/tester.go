@@ -155,19 +155,28 @@ func (t *Tester) pick(ctx context.Context, r *repo.Repo, q Request, s *Subject, 
 	policy := cmp.Or(q.Policy, t.Policy, Newest)
 	var from []Candidate
 	for _, b := range usable {
-		c := Candidate{ID: string(b.ID), At: b.FinishedAt}
+		c := Candidate{ID: string(b.ID), Kind: b.Kind, At: b.FinishedAt}
 		if b.Physical != nil {
 			c.At = b.Physical.StoppedAt
 		}
-		if policy == OldestUnproven {
+		if policy != Random {
 			proofs, err := r.Proofs(ctx, b.Ref)
 			if err != nil {
 				return "", err
 			}
 			c.Proven = Judge(proofs, time.Now()).At
+			for _, p := range proofs {
+				if Counts(p, time.Now()) && p.FinishedAt.After(c.Tested) {
+					c.Tested = p.FinishedAt
+				}
+			}
 		}
 		if policy == RandomMoment && b.Physical != nil {
-			if at, err := t.reach(ctx, r, b.Ref, restore.Target{Kind: restore.Latest}); err == nil && at.Last != nil {
+			at, err := t.reach(ctx, r, b.Ref, restore.Target{Kind: restore.Latest})
+			if err != nil && !nowhere(err) {
+				return "", err
+			}
+			if err == nil && at.Last != nil {
 				c.Until = at.Last.Time
 			}
 		}
@@ -184,12 +193,18 @@ func (t *Tester) pick(ctx context.Context, r *repo.Repo, q Request, s *Subject, 
 			s.Target = target
 			return plan.Backup.ID, nil
 		}
-		if !errors.Is(err, fail.Unreachable) {
+		if !nowhere(err) {
 			return "", err
 		}
 	}
 	choice, err := Pick(Newest, "", from)
 	return repo.ID(choice.ID), err
+}
+
+// nowhere reports whether an error of reach says that there is no such way, and not
+// that nobody knows.
+func nowhere(err error) bool {
+	return errors.Is(err, fail.Unreachable) || errors.Is(err, fail.WALHole) || errors.Is(err, fail.NoBackup)
 }
 
 // reach finds the way of a restore to a moment.

@@ -1,13 +1,19 @@
 package restore_test
 
 import (
+	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/pgkeep/pgkeep/internal/backup"
+	"github.com/pgkeep/pgkeep/internal/fail"
+	"github.com/pgkeep/pgkeep/internal/fault"
 	"github.com/pgkeep/pgkeep/internal/proof"
+	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/restore"
 	"github.com/pgkeep/pgkeep/internal/sandbox"
 )
@@ -80,5 +86,38 @@ func TestARestoredClusterIsProven(t *testing.T) {
 	})
 	if rep.Verdict != proof.Failed || !strings.Contains(rep.Summary(), "could not restore file \""+last) {
 		t.Errorf("with a lost segment: %s: %s", rep.Verdict, rep.Summary())
+	}
+}
+
+// A store that is down is no reason to test another moment than was asked for.
+func TestARandomMomentIsNotDrawnInTheDark(t *testing.T) {
+	s := newSite(t)
+	s.rows(5)
+	s.take()
+	s.rows(5)
+	s.archived()
+	down := false
+	broken := &fault.Store{Store: s.store, Before: func(op, key string) error {
+		if down && strings.Contains(key, "/wal/") {
+			return fail.StoreDown
+		}
+		return nil
+	}}
+	tests := proof.Tester{Policy: proof.RandomMoment, Sandbox: sandbox.Options{Parent: s.mkdir("sandboxes")},
+		Open: func(ctx context.Context) (*repo.Repo, error) { return repo.Open(ctx, broken, s.access) }}
+	subject := func() (proof.Subject, error) {
+		now := time.Now()
+		q, err := tests.Plan(t.Context(), proof.Request{Cluster: "main"}, repo.NewID(now, "0badcafe"), now, backup.Owner{})
+		if cerr := tests.CleanUp(t.Context(), q); cerr != nil {
+			t.Error(cerr)
+		}
+		return q, err
+	}
+	if q, err := subject(); err != nil || q.Target.Kind != restore.ToTime {
+		t.Errorf("to %v, %v", q.Target, err)
+	}
+	down = true
+	if q, err := subject(); !errors.Is(err, fail.StoreDown) {
+		t.Errorf("with the log out of reach: to %v, %v", q.Target, err)
 	}
 }
