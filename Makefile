@@ -34,6 +34,7 @@ check: ## what needs no service: format, vet, staticcheck, workflowcheck, tidy m
 	@! grep -rnE '\b[tbf]\.Skip(f|Now)?\(' --include='*_test.go' .
 	go vet ./...
 	go -C $(SERVER) vet ./...
+	go vet -tags browser ./internal/report
 	$(call tool,staticcheck) ./...
 	tool=$(call tool,staticcheck) && cd $(SERVER) && $$tool ./...
 	$(call tool,workflowcheck) ./...
@@ -55,6 +56,8 @@ chaos: setup ## the campaigns that make test runs a little of: kills everywhere,
 	go test -timeout 0 -v ./internal/retention -histories 1000000
 	PGKEEP_TEST_EXPIRE_RUNS=1000 go test -timeout 0 -v ./internal/expire
 	PGKEEP_TEST_SCHEDULES=1000 go test -timeout 0 -v -run ManySchedules ./internal/schedule
+	@tools/setup chromium
+	go test -v -tags browser -run InABrowser ./internal/report
 	PGKEEP_TEST_KILLS=all PGKEEP_TEST_DEFECTS=all PGKEEP_TEST_GREEN=50 go test -timeout 0 -v -run 'IsProven|RestoreTest|ADefect|KilledWorker' ./internal/e2e
 
 update: ## write the files that tests compare with the code
