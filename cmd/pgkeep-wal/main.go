@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -45,6 +46,9 @@ Options, after push, fetch or claim:
                     segment up to there is absent; pgkeep restore sets it
   --judge           of fetch: what is found damaged or missing twice in a row is
                     not tried again; restore tests set it, no recovery should
+  --timeline N      of fetch: the server recovers along that timeline; what was
+                    written to older ones after it left them is not its log;
+                    pgkeep restore sets it
 
 Exit statuses: https://github.com/pgkeep/pgkeep/blob/main/docs/ERRORS.md
 `
@@ -137,6 +141,7 @@ type call struct {
 	timeout               time.Duration
 	expect                pg.WALName // only of fetch; zero: nothing
 	judge                 bool       // only of fetch
+	timeline              uint       // only of fetch; zero: not known
 	after                 pg.WALName // only of push-ahead
 }
 
@@ -168,6 +173,7 @@ func parse(args []string, out io.Writer) (c call, err error) {
 	case fetch:
 		f.Func("expect", "", segment(&c.expect))
 		f.BoolVar(&c.judge, "judge", false, "")
+		f.UintVar(&c.timeline, "timeline", 0, "")
 	case pushAhead:
 		f.Func("after", "", segment(&c.after))
 	}
@@ -188,6 +194,9 @@ func parse(args []string, out io.Writer) (c call, err error) {
 	}
 	if !filepath.IsAbs(c.path) {
 		c.path = filepath.Join(c.pgdata, c.path)
+	}
+	if c.timeline > math.MaxUint32 {
+		return c, config.Errorf("--timeline %d: there is none", c.timeline)
 	}
 	if c.timeout <= 0 {
 		return c, config.Errorf("--timeout %v: must be more than nothing", c.timeout)
@@ -257,7 +266,7 @@ func (c call) do(ctx context.Context, environ []string, out, errw io.Writer) err
 		return c.fetcher(cfg).Prefetch(ctx)
 	}
 	f := c.fetcher(cfg)
-	f.Expect, f.Judge = c.expect, c.judge
+	f.Expect, f.Judge, f.Timeline = c.expect, c.judge, pg.Timeline(c.timeline)
 	f.Spawn = func() {
 		if err := c.spawn(environ, ahead); err != nil { // which is no failure of this fetch
 			fmt.Fprintf(errw, "pgkeep-wal: fetch ahead: %v\n", err)

@@ -53,6 +53,10 @@ type Fetcher struct {
 	// row find damaged, or gone though it is expected, is not tried again. Where a
 	// server is to be saved, somebody may bring it back in time.
 	Judge bool
+	// Timeline is the one that the server recovers along; zero: not known. Of a
+	// timeline that it comes from, the segments from where it was left are not
+	// its log, and ErrAbsent.
+	Timeline pg.Timeline
 
 	// Ahead is how many segments Prefetch keeps ready. 0: none.
 	Ahead int
@@ -82,7 +86,8 @@ func (f Fetcher) Fetch(ctx context.Context, name, path string) error {
 			return nil
 		}
 		wait, again := p.after(err, time.Now())
-		if !again || f.Judge && p.proved >= 2 && !f.mayFill(n, err) {
+		_, unreadable := errors.AsType[*unreadableError](err)
+		if !again || (f.Judge || unreadable) && p.proved >= 2 && !f.mayFill(n, err) {
 			break
 		}
 		select {
@@ -91,6 +96,9 @@ func (f Fetcher) Fetch(ctx context.Context, name, path string) error {
 		case <-ctx.Done():
 		}
 		break
+	}
+	if _, ok := errors.AsType[*unreadableError](p.last); ok {
+		return placeholder(n, path)
 	}
 	if transient(p.last) && f.standby() {
 		switch n.Kind {
@@ -103,12 +111,51 @@ func (f Fetcher) Fetch(ctx context.Context, name, path string) error {
 	return p.last
 }
 
+// An unreadableError says that a history is damaged in the archive, and that the
+// server will not read it.
+type unreadableError struct{ error }
+
+func (e *unreadableError) Unwrap() error { return e.error }
+
+// unread returns err, or an unreadableError: that a history is damaged which the
+// server does not recover along. A standby may yet follow it.
+func (f Fetcher) unread(n pg.WALName, err error) error {
+	_, hole := errors.AsType[*holeError](err)
+	damaged := errors.Is(err, fail.Corrupt) || errors.Is(err, fail.Untrusted)
+	if n.Kind != pg.History || f.Timeline == 0 || n.Timeline <= f.Timeline || hole || !damaged || f.standby() {
+		return err
+	}
+	return &unreadableError{err}
+}
+
+// placeholder stands for a history that is damaged in the archive, of a timeline
+// that the server does not recover along. Of those PostgreSQL wants to know which
+// numbers are taken, when it opens, and reads none (findNewestTimeLine in
+// access/transam/timeline.c). If it did, it would stop at this line.
+func placeholder(n pg.WALName, path string) error {
+	err := durable.WriteFile(path, 0o600, func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "damaged: %v is, in the archive; there is such a timeline, and no more is known of it\n", n)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("fetch %v: %w", n, err)
+	}
+	return nil
+}
+
 // attempt tries to deliver once. A segment for PostgreSQL itself is looked for
 // among those that were fetched ahead.
 func (f Fetcher) attempt(ctx context.Context, n pg.WALName, path string) error {
 	s, err := ReadServer(f.DataDir)
 	if err != nil {
 		return err
+	}
+	left, err := f.left(ctx, n, s)
+	if err != nil {
+		return fmt.Errorf("fetch %v: %w", n, err)
+	}
+	if left != (pg.Fork{}) {
+		return f.unexpected(n, fmt.Errorf("fetch %v: on the way to timeline %d, its own was left before, at %v: %w", n, f.Timeline, left.At, ErrAbsent))
 	}
 	ahead := f.follow(n, s, path)
 	defer ahead.close()
@@ -126,11 +173,7 @@ func (f Fetcher) attempt(ctx context.Context, n pg.WALName, path string) error {
 		return fmt.Errorf("fetch %v: %w", n, err)
 	}
 	if err := Fetch(ctx, r, f.Cluster, s, n.String(), path); err != nil {
-		if errors.Is(err, ErrAbsent) && f.expected(n) {
-			return fail.Hint(fmt.Errorf("fetch %v: it is missing, and when the restore was planned the archive held the log up to %v: %w", n, f.Expect, fail.Corrupt),
-				"what was deleted since? PostgreSQL must not open with fewer rows; plan the restore again, or bring the file back")
-		}
-		return err
+		return f.unread(n, f.unexpected(n, err))
 	}
 	f.keepAhead(ahead)
 	return nil
@@ -140,6 +183,56 @@ func (f Fetcher) attempt(ctx context.Context, n pg.WALName, path string) error {
 func (f Fetcher) mayFill(n pg.WALName, err error) bool {
 	_, hole := errors.AsType[*holeError](err)
 	return hole && !f.expected(n)
+}
+
+// unexpected returns err, unless that is absence of what the archive is known to
+// have held.
+func (f Fetcher) unexpected(n pg.WALName, err error) error {
+	if !errors.Is(err, ErrAbsent) || !f.expected(n) {
+		return err
+	}
+	return fail.Hint(fmt.Errorf("fetch %v: it is missing, and when the restore was planned the archive held the log up to %v: %w", n, f.Expect, fail.Corrupt),
+		"what was deleted since? PostgreSQL must not open with fewer rows; plan the restore again, or bring the file back")
+}
+
+// left finds out whether segment n lies behind where its timeline was left for the
+// one that the server recovers along. PostgreSQL asks for it all the same, as long
+// as that of the newer one is not archived, and would go on with what the newer
+// one had undone (XLogFileReadAnyTLI in access/transam/xlogrecovery.c).
+func (f Fetcher) left(ctx context.Context, n pg.WALName, s Server) (fork pg.Fork, err error) {
+	if n.Kind != pg.Segment || n.Timeline >= f.Timeline {
+		return fork, nil
+	}
+	history := pg.HistoryName(f.Timeline)
+	text, err := readFile(filepath.Join(f.DataDir, "pg_wal", history.String()), maxText) // PostgreSQL keeps it there
+	if errors.Is(err, fs.ErrNotExist) {
+		var r *repo.Repo
+		if r, err = f.Open(ctx); err != nil {
+			return fork, err
+		}
+		var b bytes.Buffer
+		if err = r.ReadWAL(ctx, s.archive(f.Cluster), history, &b); errors.Is(err, store.ErrNotExist) {
+			return fork, nil
+		}
+		text = b.Bytes()
+	}
+	if err != nil {
+		return fork, err
+	}
+	forks, err := pg.ParseHistory(f.Timeline, string(text))
+	if err != nil {
+		return fork, err
+	}
+	for _, left := range forks {
+		at, err := pg.SegmentName(left.Timeline, left.At, s.SegmentSize)
+		if err != nil {
+			return fork, err
+		}
+		if left.Timeline == n.Timeline && n.Segment() >= at { // the segment of the fork itself goes on in the newer timeline
+			return left, nil
+		}
+	}
+	return fork, nil
 }
 
 // expected reports whether the archive is known to have held a segment. On which

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -346,4 +347,106 @@ func mustName(t *testing.T, s string) pg.WALName {
 		t.Fatal(err)
 	}
 	return n
+}
+
+// damage changes the last byte of a file in the archive.
+func (a *archive) damage(t *testing.T, name string) {
+	t.Helper()
+	for o, err := range a.List(ctx, "clusters/main/wal/", "") {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.HasSuffix(o.Key, "/"+name+".zst") {
+			continue
+		}
+		in, err := a.Get(ctx, o.Key, store.Range{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(in)
+		if err := errors.Join(err, in.Close()); err != nil {
+			t.Fatal(err)
+		}
+		b[len(b)-3] ^= 1
+		if err := errors.Join(a.Delete(ctx, o.Key), a.Put(ctx, o.Key, bytes.NewReader(b), store.PutOptions{})); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	t.Fatalf("no %s is archived", name)
+}
+
+// A server that recovers along timeline 2 asked for the segment in which timeline 1
+// was left, got it, for timeline 1 had gone on, and opened with what timeline 2 had
+// undone.
+func TestWhatAnOlderTimelineWroteAfterItWasLeftIsAbsent(t *testing.T) {
+	const history = "00000002.history" // timeline 1 was left in segment 4A
+	synctest.Test(t, func(t *testing.T) {
+		a := archived(t, seg+"49", seg+"4A", seg+"4B", history)
+		f := a.fetcher(t, serverDir(t))
+		for timeline, want := range map[pg.Timeline]error{0: nil, 1: nil, 2: wal.ErrAbsent} {
+			f.Timeline = timeline
+			if _, err := fetch(t, f, seg+"49"); err != nil {
+				t.Errorf("along timeline %d: before the fork: %v", timeline, err)
+			}
+			for _, name := range []string{seg + "4A", seg + "4B"} {
+				if took, err := fetch(t, f, name); !errors.Is(err, want) || took > 0 {
+					t.Errorf("along timeline %d: %s: %v after %v, want %v", timeline, name, err, took, want)
+				}
+			}
+		}
+		f.Timeline = 2
+		a.damage(t, history)
+		if _, err := fetch(t, f, seg+"4A"); !errors.Is(err, fail.Corrupt) || errors.Is(err, wal.ErrAbsent) {
+			t.Errorf("with a damaged history: %v", err)
+		}
+		kept := filepath.Join(f.DataDir, "pg_wal", history)
+		if err := os.WriteFile(kept, content(t, history), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := fetch(t, f, seg+"4A"); !errors.Is(err, wal.ErrAbsent) {
+			t.Errorf("with a damaged history that PostgreSQL had got before: %v", err)
+		}
+		f.Expect, _ = pg.ParseWALName("00000002000000000000004B")
+		if _, err := fetch(t, f, seg+"4A"); !errors.Is(err, fail.Corrupt) || errors.Is(err, wal.ErrAbsent) {
+			t.Errorf("where timeline 2 had a segment when the restore was planned: %v", err)
+		}
+	})
+}
+
+// A server that opens at the end of timeline 1 asks which numbers are taken. One
+// flipped bit in the history of timeline 2 kept it from that.
+func TestADamagedHistoryStillTakesItsNumber(t *testing.T) {
+	const history = "00000002.history"
+	synctest.Test(t, func(t *testing.T) {
+		a := archived(t, seg+"49", history)
+		a.damage(t, history)
+		f := a.fetcher(t, serverDir(t))
+		path := filepath.Join(f.DataDir, "pg_wal", "RECOVERYHISTORY")
+		ask := func() error {
+			os.Remove(path)
+			ctx, cancel := context.WithTimeout(ctx, time.Minute)
+			defer cancel()
+			return f.Fetch(ctx, history, path)
+		}
+		for _, timeline := range []pg.Timeline{0, 2, 3} { // whoever may read it
+			f.Timeline = timeline
+			if err := ask(); !errors.Is(err, fail.Corrupt) {
+				t.Errorf("along timeline %d: %v", timeline, err)
+			}
+		}
+		f.Timeline = 1
+		if err := ask(); err != nil {
+			t.Errorf("along timeline 1: %v", err)
+		}
+		if b, err := os.ReadFile(path); err != nil || !strings.HasPrefix(string(b), "damaged: ") {
+			t.Errorf("it holds %q (%v); PostgreSQL must not be able to read it", b, err)
+		}
+		if err := os.WriteFile(filepath.Join(f.DataDir, "standby.signal"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := ask(); !errors.Is(err, fail.Corrupt) {
+			t.Errorf("a standby, which may follow it: %v", err)
+		}
+	})
 }
