@@ -42,7 +42,7 @@ func Take(ctx context.Context, r *repo.Repo, cluster string, known []Report, now
 			}
 		}
 		rep := Report{}
-		if rep.Ledger, rep.Odd, _, err = survey(ctx, r, a, before); err != nil { // what is bad is odd
+		if rep.Ledger, rep.Odd, _, err = Survey(ctx, r, a, before); err != nil { // what is bad is odd
 			return nil, err
 		}
 		bases, whole := basesOf(a, backups)

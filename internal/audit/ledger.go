@@ -29,6 +29,7 @@ type Timeline struct {
 	Forks    []pg.Fork   `json:"forks,omitempty"`    // where it comes from, oldest first; none: no history is archived
 	Born     time.Time   `json:"born,omitzero"`      // when its history was archived, by the store's clock
 	Lost     time.Time   `json:"lost,omitzero"`      // since when a history is there that cannot be read; zero: none such
+	LostKey  string      `json:"-"`                  // the object of that history; only a new survey knows it
 	Floor    pg.LSN      `json:"floor,omitempty"`    // below it, segments were let go: see repo.Expiry
 	Notes    int         `json:"-"`                  // how many base backups left a note; only a full survey counts them
 }

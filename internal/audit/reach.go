@@ -27,6 +27,24 @@ func (l Ledger) Frontier(t pg.Timeline) (to pg.LSN) {
 	return to
 }
 
+// Astray finds what a server that recovers along timeline t takes for the log where
+// w ends, and is not: the segment there of a timeline that t comes from and had
+// left by then. It looks at where timelines begin, not at where they were left,
+// if the segment of the newer one is not there (XLogFileReadAnyTLI in
+// access/transam/xlogrecovery.c).
+func (l Ledger) Astray(w Window, t pg.Timeline) (left pg.Fork, found bool) {
+	last := w.Path[len(w.Path)-1] // it does not go back behind that
+	for _, f := range slices.Backward(l.of(t).Forks) {
+		if f.Timeline < last {
+			break
+		}
+		if w.To >= f.At-f.At%pg.LSN(l.SegmentSize) && slices.ContainsFunc(l.of(f.Timeline).Ranges, func(r Range) bool { return r.From <= w.To && w.To < r.To }) {
+			return f, true
+		}
+	}
+	return left, false
+}
+
 // Segments yields the files of w that hold its log from one position up to,
 // and without, another; both are kept within the window and what its base needs.
 func (w Window) Segments(size pg.SegmentSize, from, to pg.LSN) iter.Seq[pg.WALName] {

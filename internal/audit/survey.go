@@ -31,17 +31,9 @@ const leap = 1000
 // survey, are taken as they were: to list an archive of years costs little, and
 // a segment that was lost in the middle of such a range is not noticed. The
 // zero ledger lists everything. It reads the histories that are not known, and of
-// the segments the first. One that is damaged is odd, and the survey goes on; but
-// then it ends with the error of the first, beside what it found: a plan must not
-// be made without it.
-func Survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (Ledger, []Odd, error) {
-	l, odd, bad, err := survey(ctx, r, a, known)
-	return l, odd, cmp.Or(err, bad)
-}
-
-// survey is Survey, with what is bad of the archive apart from why it was not
-// surveyed.
-func survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (l Ledger, odd []Odd, bad, err error) {
+// the segments the first. One that is damaged is odd, and the survey goes on; bad is the
+// error of the first of them. Nothing may be let go on such a ledger.
+func Survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (l Ledger, odd []Odd, bad, err error) {
 	l = Ledger{Archive: a}
 	gone, err := r.Expiry(ctx, a)
 	if err != nil {
@@ -66,7 +58,8 @@ func survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (l 
 				bad = cmp.Or(bad, err)
 				why, err = err.Error(), nil
 				if o.Name.Kind == pg.History {
-					l.timeline(o.Name.Timeline).Lost = o.Modified
+					t := l.timeline(o.Name.Timeline)
+					t.Lost, t.LostKey = o.Modified, o.Key
 				}
 			}
 			if err != nil {

@@ -97,8 +97,8 @@ func (b *archive) key(name string) string {
 
 func (b *archive) survey(known audit.Ledger) (audit.Ledger, []audit.Odd) {
 	b.t.Helper()
-	l, odd, err := audit.Survey(b.t.Context(), b.r, b.a, known)
-	if err != nil {
+	l, odd, bad, err := audit.Survey(b.t.Context(), b.r, b.a, known)
+	if err := errors.Join(err, bad); err != nil {
 		b.t.Fatal(err)
 	}
 	return l, odd
@@ -189,9 +189,9 @@ func TestC3ADamagedObjectEndsNoAudit(t *testing.T) {
 	b.fake("000000010000000000000005", "00000002.history", "00000003.history", "000000030000000000000006")
 	var known audit.Ledger
 	for range 2 { // another survey finds the same
-		l, odd, err := audit.Survey(t.Context(), b.r, b.a, known)
-		if !errors.Is(err, fail.Corrupt) {
-			t.Fatalf("who plans by it does not hear of it: %v", err)
+		l, odd, bad, err := audit.Survey(t.Context(), b.r, b.a, known)
+		if err != nil || !errors.Is(bad, fail.Corrupt) {
+			t.Fatalf("who plans by it does not hear of it: %v, %v", bad, err)
 		}
 		if r := l.Timelines[0].Ranges; len(odd) != 4 || l.SegmentSize != segment || len(r) != 2 || r[0].From != 0x300000 {
 			t.Fatalf("%+v, odd: %+v", l, odd)
@@ -213,7 +213,7 @@ func TestC3ADamagedObjectEndsNoAudit(t *testing.T) {
 	for n := range 200 {
 		b.fake(spot{1, n}.name().String())
 	}
-	if l, odd, err := audit.Survey(t.Context(), b.r, b.a, audit.Ledger{}); !errors.Is(err, fail.Corrupt) || len(odd) != 100 {
+	if l, odd, _, err := audit.Survey(t.Context(), b.r, b.a, audit.Ledger{}); !errors.Is(err, fail.Corrupt) || len(odd) != 100 {
 		t.Errorf("where nothing can be read: %+v, %d odd, %v", l, len(odd), err)
 	}
 }

@@ -3,6 +3,7 @@
 package expire
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -122,13 +123,12 @@ func Gather(ctx context.Context, r *repo.Repo, cluster string, now time.Time) (r
 		return f, err
 	}
 	for _, a := range archives {
-		l, _, err := audit.Survey(ctx, r, a, audit.Ledger{})
-		switch {
-		case err == nil:
-		case audit.Damaged(err):
-			f.Damage[a] = err
-		default:
+		l, _, bad, err := audit.Survey(ctx, r, a, audit.Ledger{})
+		if err != nil && !audit.Damaged(err) {
 			return f, err
+		}
+		if err = cmp.Or(err, bad); err != nil {
+			f.Damage[a] = err
 		}
 		f.Archives = append(f.Archives, l)
 	}

@@ -144,6 +144,13 @@ func (t *Tester) choose(ctx context.Context, r *repo.Repo, q Request, s *Subject
 	for _, b := range usable {
 		if b.ID == id {
 			s.Ref, s.Kind, s.Bytes, s.Stored = b.Ref, b.Kind, b.Bytes, b.Stored
+			if q.Target == nil && b.Physical != nil && s.Target.Kind == restore.Latest {
+				// That another timeline is the newest, or that nothing of its log is
+				// archived yet, says nothing about a backup, which has its own.
+				if _, err := t.reach(ctx, r, b.Ref, s.Target); errors.Is(err, fail.Unreachable) {
+					s.Target.Timeline = restore.CurrentTimeline
+				}
+			}
 			return nil
 		}
 	}

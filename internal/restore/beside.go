@@ -97,7 +97,7 @@ func (p Physical) spareSource(plan *PhysicalPlan) error {
 		// The link was made just before the record of it was written, by the same
 		// clock: it is older than the log that is replayed, or younger.
 		made, by := info.ModTime(), plan.resolved.By
-		if held[link.Name()] && made.Add(unsure).Before(m.Physical.StartedAt) || !by.IsZero() && by.Add(unsure).Before(made) {
+		if held[link.Name()] && (made.Add(unsure).Before(m.Physical.StartedAt) || old(plan.linked[link.Name()], m.Physical.StartedAt)) || !by.IsZero() && by.Add(unsure).Before(made) {
 			continue
 		}
 		to, err := os.Readlink(filepath.Join(source, "pg_tblspc", link.Name()))
@@ -108,6 +108,13 @@ func (p Physical) spareSource(plan *PhysicalPlan) error {
 			fmt.Sprintf("take a backup now and restore that one, or restore to a moment before %s, or on another host", made.UTC().Format(time.RFC3339)))
 	}
 	return nil
+}
+
+// old reports whether the link to a tablespace had been made before a backup began,
+// as the backup has it. The link that is there now may be younger: that of a standby
+// that was made since.
+func old(made, began time.Time) bool {
+	return !made.IsZero() && made.Add(time.Second+unsure).Before(began) // it is known to the second
 }
 
 // unsure is how far the order of two events on a host may differ from that of

@@ -78,12 +78,25 @@ func TestC10TheSourcesTablespacesAreNotWrittenOver(t *testing.T) {
 	oid := query[string](t, s.pg, "SELECT oid::text FROM pg_tablespace WHERE spcname = 'later'")
 	p.Tablespaces[oid] = filepath.Join(s.dir, "again/later")
 	s.restored(p)
-	// Unless it was made while that backup was taken.
+	// Nor if the link is younger, for a standby stands there that was made since. Unless
+	// the tablespace was made while that backup was taken.
 	link := filepath.Join(s.pg.DataDir, "pg_tblspc", oid)
-	now := []unix.Timeval{unix.NsecToTimeval(time.Now().UnixNano()), unix.NsecToTimeval(time.Now().UnixNano())}
-	if err := unix.Lutimes(link, now); err != nil {
-		t.Fatal(err)
+	touch := func(at time.Time) {
+		t.Helper()
+		if err := unix.Lutimes(link, []unix.Timeval{unix.NsecToTimeval(at.UnixNano()), unix.NsecToTimeval(at.UnixNano())}); err != nil {
+			t.Fatal(err)
+		}
 	}
+	touch(time.Now().Add(-time.Hour))
+	s.take()
+	touch(time.Now())
+	p = s.physical("of a standby", latestMoment)
+	p.Tablespaces[oid] = filepath.Join(s.dir, "of a standby/later")
+	if _, err := p.Plan(t.Context()); err != nil {
+		t.Errorf("a standby that was made since: %v", err)
+	}
+	touch(time.Now().Add(time.Minute))
+	s.take()
 	p = s.physical("once more", latestMoment)
 	p.Tablespaces[oid] = filepath.Join(s.dir, "once more/later")
 	if _, err := p.Plan(t.Context()); !errors.Is(err, fail.NotEmpty) {

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -529,5 +531,60 @@ func TestC10EveryPlaceMustBeAllowed(t *testing.T) {
 	p.Tablespaces, forbidden = mapped, space
 	if _, err := p.Plan(t.Context()); err != nil {
 		t.Errorf("mapped elsewhere: %v", err)
+	}
+}
+
+// A server in another container has a process number that means nothing here, and
+// its data directory was written over.
+func TestC10AServerInAnotherContainerIsNoticed(t *testing.T) {
+	s := newSite(t)
+	s.take()
+	s.archived()
+	text, err := os.ReadFile(filepath.Join(s.pg.DataDir, "postmaster.pid"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	memory := strings.Split(string(text), "\n")[6]
+	listener := func(network, address string) net.Listener {
+		l, err := net.Listen(network, address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		return l
+	}
+	port := fmt.Sprint(listener("tcp", "127.0.0.1:0").Addr().(*net.TCPAddr).Port)
+	sockets := t.TempDir()
+	listener("unix", sockets+"/.s.PGSQL.5433")
+	const gone = "2000000000\n/data\n1790000000\n" // no number of a process is so high
+	if err := os.WriteFile(sockets+"/.s.PGSQL.5433.lock", []byte(gone+"5433\n"+sockets+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := s.physical("there", latestMoment)
+	p.Delta = true
+	if out, err := exec.Command("cp", "-a", s.pg.DataDir, p.Dir).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for what, tt := range map[string]struct {
+		lines string
+		runs  bool
+	}{
+		"its memory is in use":            {gone + "5432\n\n\n" + memory + "\nready   \n", true},
+		"another's memory":                {gone + "5432\n\n\n1 " + strings.Fields(memory)[1] + "\nready   \n", false},
+		"its socket answers":              {gone + "5433\n" + sockets + "\n\n0 0\n", true},
+		"another's socket answers":        {"2000000001\n/data\n1790000000\n5433\n" + sockets + "\n127.0.0.1\n0 0\n", false},
+		"its port answers":                {gone + port + "\n/nowhere\n127.0.0.1\n0 0\n", true},
+		"its port answers, as all do":     {gone + port + "\n/nowhere\n*\n0 0\n", true},
+		"nothing answers":                 {gone + "5433\n/nowhere\n\n0 0\n", false},
+		"it was left by a session of one": {"-2000000000\n/data\n1790000000\n", false},
+		"it was cut off":                  {"2000000000", false},
+	} {
+		if err := os.WriteFile(filepath.Join(p.Dir, "postmaster.pid"), []byte(tt.lines), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := p.Plan(t.Context())
+		if refused := errors.Is(err, fail.NotEmpty) && strings.Contains(fail.HintOf(err), "stop it first"); refused != tt.runs || err != nil && !refused {
+			t.Errorf("%s: %v; %s", what, err, fail.HintOf(err))
+		}
 	}
 }

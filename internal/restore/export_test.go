@@ -5,6 +5,7 @@ import (
 
 	"github.com/pgkeep/pgkeep/internal/cluster"
 	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/repo"
 )
 
 // WithFree is p where the file systems have that much room.
@@ -27,3 +28,6 @@ func Together(counted []cluster.Counted, from, to []pg.LSN) []Halt {
 	}
 	return together(places)
 }
+
+// Life is which of a cluster's archives a restore looks at.
+func (p Physical) Life(backups []repo.Listed) repo.Archive { return p.life(backups) }

@@ -101,8 +101,9 @@ type PhysicalPlan struct {
 	configured []string // files of the configuration that stood elsewhere, or that a link led to
 	inPlace    bool     // there are tablespaces that stand in pg_tblspc itself
 	owner      owner
-	tops       map[string][]string // by OID: what stands in the tablespace's directory; others may keep theirs there
-	group      fs.FileMode         // what the group may do with directories, as at the source
+	linked     map[string]time.Time // by OID: when the link to a tablespace had been made, to the second
+	tops       map[string][]string  // by OID: what stands in the tablespace's directory; others may keep theirs there
+	group      fs.FileMode          // what the group may do with directories, as at the source
 }
 
 // A Moment is a record of the log.
@@ -211,20 +212,37 @@ func (p Physical) resolve(ctx context.Context) (Resolved, []repo.Listed, error) 
 	if err != nil {
 		return Resolved{}, nil, err
 	}
-	archive := repo.Archive{Cluster: p.Cluster}
-	for _, b := range backups { // of the cluster's lives, the newest
-		if b.Physical != nil && b.Err == nil && (p.Backup == "" || b.ID == p.Backup) {
-			archive.System, archive.Major = b.System, b.Version.Major()
-		}
-	}
+	archive := p.life(backups)
 	ledger := audit.Ledger{Archive: archive}
 	if archive.System != 0 {
-		if ledger, _, err = audit.Survey(ctx, p.Repo, archive, audit.Ledger{}); err != nil {
+		// What is damaged of the archive counts as missing; if it is a history, Resolve is told.
+		if ledger, _, _, err = audit.Survey(ctx, p.Repo, archive, audit.Ledger{}); err != nil {
 			return Resolved{}, nil, err
 		}
 	}
 	res, err := Resolve(ctx, p.Target, p.Backup, backups, ledger, ScanArchive(p.Repo, ledger))
 	return res, backups, err
+}
+
+// life is the archive of the cluster's life that is meant: it has had several, if it
+// was upgraded or made anew under its name. To a time leads that of the newest
+// backup that ended before it; else the newest is meant.
+func (p Physical) life(backups []repo.Listed) repo.Archive {
+	a := repo.Archive{Cluster: p.Cluster}
+	var ended time.Time
+	for _, b := range backups {
+		if b.Physical == nil || b.Err != nil || b.Unfinished || p.Backup != "" && b.ID != p.Backup {
+			continue
+		}
+		late := p.Target.Kind == ToTime && b.Physical.StoppedAt.After(p.Target.Time)
+		if a.System == 0 || !late && !b.Physical.StoppedAt.Before(ended) {
+			a.System, a.Major = b.System, b.Version.Major()
+		}
+		if !late {
+			ended = b.Physical.StoppedAt
+		}
+	}
+	return a
 }
 
 // planServer looks for a server that can run what is restored: one of the same
@@ -302,7 +320,7 @@ func (p Physical) planFiles(ctx context.Context, plan *PhysicalPlan) error {
 	m := plan.resolved.Backup
 	var control, label bool
 	need := make(map[string]int64) // by root
-	plan.tops = make(map[string][]string)
+	plan.tops, plan.linked = make(map[string][]string), make(map[string]time.Time)
 	err := entries(ctx, p.Repo, m, func(e repo.Entry) error {
 		root, rest := split(e.Path)
 		need[root] += e.Size
@@ -333,6 +351,7 @@ func (p Physical) planFiles(ctx context.Context, plan *PhysicalPlan) error {
 				return fmt.Errorf("backup %s holds the link %s: %w", m.ID, e.Path, fail.Corrupt)
 			}
 			plan.Tablespaces = append(plan.Tablespaces, TablespacePlace{OID: oid, From: e.Link, To: e.Link})
+			plan.linked[oid] = e.Modified
 		case strings.HasPrefix(root, configRoot) && !e.Dir:
 			plan.Config = append(plan.Config, rest)
 		}

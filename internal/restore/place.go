@@ -1,11 +1,11 @@
 package restore
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/user"
 	"path"
@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -195,7 +196,7 @@ func (p Physical) planDir(plan *PhysicalPlan) error {
 		return nil
 	}
 	if pid, runs := running(p.Dir); runs {
-		return fail.Hint(fmt.Errorf("restore: a server runs on %s, as process %d: %w", p.Dir, pid, fail.NotEmpty), "stop it first; nothing was touched")
+		return fail.Hint(fmt.Errorf("restore: a server runs on %s, as process %d: %w", p.Dir, pid, fail.NotEmpty), "stop it first; nothing was touched. If none runs, here or in another container, remove postmaster.pid")
 	}
 	_, cerr := os.Lstat(filepath.Join(p.Dir, controlFile))
 	have, merr := readMarker(p.Dir)
@@ -283,15 +284,17 @@ func realPath(p string) string {
 }
 
 // running reports whether a server may be running on a data directory: the
-// process that postmaster.pid names is there. That it belongs to somebody else
-// does not prove that it is another one.
+// process that postmaster.pid names is there, or what else it names answers. That
+// the process belongs to somebody else does not prove that it is another one; that
+// it is not here does not prove that it is nowhere: another container has numbers
+// of its own.
 func running(dir string) (pid int, runs bool) {
 	b, err := os.ReadFile(filepath.Join(dir, "postmaster.pid"))
 	if err != nil {
 		return 0, !errors.Is(err, fs.ErrNotExist)
 	}
-	line, _, _ := bytes.Cut(b, []byte("\n"))
-	pid, err = strconv.Atoi(string(bytes.TrimSpace(line)))
+	lines := strings.Split(string(b), "\n")
+	pid, err = strconv.Atoi(strings.TrimSpace(lines[0]))
 	if err != nil || pid == 0 {
 		return 0, true // being written
 	}
@@ -299,7 +302,54 @@ func running(dir string) (pid int, runs bool) {
 		pid = -pid
 	}
 	err = syscall.Kill(pid, 0)
-	return pid, err == nil || errors.Is(err, syscall.EPERM)
+	return pid, err == nil || errors.Is(err, syscall.EPERM) || answers(lines)
+}
+
+// answers reports whether somebody uses the memory that a postmaster.pid names,
+// as PostgreSQL asks before it starts (CreateLockFile in utils/init/miscinit.c), or
+// serves at its socket or its port (what stands in which line: miscadmin.h).
+func answers(lines []string) bool {
+	line := func(n int) string {
+		if n > len(lines) {
+			return ""
+		}
+		return strings.TrimSpace(lines[n-1])
+	}
+	var key, id int
+	if _, err := fmt.Sscan(line(7), &key, &id); err == nil {
+		var shm unix.SysvShmDesc
+		if _, err := unix.SysvShmCtl(id, unix.IPC_STAT, &shm); err == nil && int(shm.Perm.Key) == key && shm.Nattch > 0 {
+			return true
+		}
+	}
+	port := line(4)
+	if port == "" {
+		return false
+	}
+	if socket := line(5); socket != "" {
+		name := filepath.Join(socket, ".s.PGSQL."+port)
+		if lock, err := os.ReadFile(name + ".lock"); err == nil { // of whoever has that port: its process, directory and start
+			have := strings.Split(string(lock), "\n")
+			return len(have) >= 3 && slices.Equal(have[:3], lines[:min(3, len(lines))]) && listens("unix", name)
+		}
+	}
+	host := line(6)
+	if host == "" {
+		return false
+	}
+	if host == "*" {
+		host = "localhost"
+	}
+	return listens("tcp", net.JoinHostPort(host, port))
+}
+
+func listens(network, address string) bool {
+	conn, err := net.DialTimeout(network, address, time.Second)
+	if err != nil {
+		return false
+	}
+	conn.Close()
+	return true
 }
 
 func readMarker(dir string) (m marker, err error) {
@@ -443,7 +493,7 @@ func usedBy(dir string) (used int64, err error) {
 		if err != nil {
 			return nil // gone
 		}
-		if st, ok := info.Sys().(*syscall.Stat_t); ok && info.Mode().IsRegular() {
+		if st, ok := info.Sys().(*syscall.Stat_t); ok && info.Mode().IsRegular() && st.Nlink == 1 { // else another name keeps it
 			used += st.Blocks * 512
 		}
 		return nil

@@ -120,8 +120,9 @@ type resolver struct {
 	t      Target
 	l      audit.Ledger
 	scan   Scan
-	usable []candidate // by the end of the backup, ascending
+	usable []candidate // by the end of the backup, ascending: its position, or its time if each goes its own way
 	passed []Passed
+	other  string // advice: the cluster has had another life, as before an upgrade
 }
 
 // BaseOf is a physical backup as far as the log concerns it.
@@ -137,6 +138,7 @@ func (rs *resolver) candidates(named repo.ID, backups []repo.Listed) error {
 		rs.passed = append(rs.passed, Passed{b.ID, fmt.Sprintf(format, args...)})
 	}
 	elsewhere, incomplete := false, false
+	var unread audit.Timeline
 	for _, b := range slices.Backward(backups) {
 		switch {
 		case named != "" && b.ID != named, b.Unfinished:
@@ -148,6 +150,9 @@ func (rs *resolver) candidates(named repo.ID, backups []repo.Listed) error {
 			continue
 		case b.System != rs.l.System || b.Version.Major() != rs.l.Major:
 			pass(b, "of another system: %v, PostgreSQL %d", b.System, b.Version.Major())
+			if rs.other == "" {
+				rs.other = fmt.Sprintf("; the cluster has been system %v, PostgreSQL %d, too: to look there, name a backup of it: pgkeep restore %s …", b.System, b.Version.Major(), b.ID)
+			}
 			continue
 		case b.Physical.Damaged > 0 && named == "":
 			pass(b, "damaged: %d blocks in %d files were broken at the source; it is used only if it is named", b.Physical.Damaged, b.Physical.DamagedFiles)
@@ -155,7 +160,11 @@ func (rs *resolver) candidates(named repo.ID, backups []repo.Listed) error {
 		}
 		base, timeline := baseOf(b.Manifest), rs.timeline(b.Manifest)
 		reach, ok := rs.l.Reach(base, timeline)
+		lost, damaged := rs.lost(b.Physical.Timeline, timeline)
 		switch {
+		case damaged:
+			unread = lost
+			pass(b, "the history of timeline %d, which is on the way, is damaged", lost.ID)
 		case !rs.l.On(base, timeline):
 			elsewhere = true
 			pass(b, "not on the way to timeline %d", timeline)
@@ -167,11 +176,16 @@ func (rs *resolver) candidates(named repo.ID, backups []repo.Listed) error {
 		}
 	}
 	slices.SortFunc(rs.usable, func(a, b candidate) int {
+		if rs.ownTimeline() { // positions on two timelines do not compare
+			return cmp.Or(a.Physical.StoppedAt.Compare(b.Physical.StoppedAt), strings.Compare(string(a.ID), string(b.ID)))
+		}
 		return cmp.Or(cmp.Compare(a.Physical.Stop, b.Physical.Stop), strings.Compare(string(a.ID), string(b.ID)))
 	})
 	switch {
 	case len(rs.usable) > 0:
 		return nil
+	case unread.ID != 0:
+		return rs.unread(unread, rs.ways(named, backups))
 	case elsewhere:
 		return fail.Hint(rs.unreachable("no backup is on the way to timeline %s", rs.t.Timeline), rs.ways(named, backups))
 	case incomplete:
@@ -182,10 +196,15 @@ func (rs *resolver) candidates(named repo.ID, backups []repo.Listed) error {
 	return fmt.Errorf("restore %s: there is no physical backup: %w", rs.t, fail.NoBackup)
 }
 
+// ownTimeline reports whether each backup is recovered along its own timeline.
+func (rs *resolver) ownTimeline() bool {
+	return rs.t.Kind == Immediate || rs.t.Timeline == CurrentTimeline
+}
+
 // timeline is the one to recover along from m.
 func (rs *resolver) timeline(m repo.Manifest) pg.Timeline {
 	switch {
-	case rs.t.Kind == Immediate || rs.t.Timeline == CurrentTimeline:
+	case rs.ownTimeline():
 		return cmp.Or(m.Physical.StopTimeline, m.Physical.Timeline)
 	case rs.t.Timeline != LatestTimeline:
 		return pg.Timeline(rs.t.Timeline)
@@ -197,12 +216,34 @@ func (rs *resolver) timeline(m repo.Manifest) pg.Timeline {
 	return newest
 }
 
+// lost finds a history that is damaged in the archive, and that PostgreSQL reads on
+// its way from one timeline to another: those between, and both of these
+// (restoreTimeLineHistoryFiles in access/transam/timeline.c).
+func (rs *resolver) lost(from, to pg.Timeline) (audit.Timeline, bool) {
+	i := slices.IndexFunc(rs.l.Timelines, func(t audit.Timeline) bool {
+		return !t.Lost.IsZero() && (from <= t.ID && t.ID < to || t.ID == to)
+	})
+	if i < 0 {
+		return audit.Timeline{}, false
+	}
+	return rs.l.Timelines[i], true
+}
+
+// unread is the error for a damaged history.
+func (rs *resolver) unread(t audit.Timeline, ways string) error {
+	return fail.Hint(fmt.Errorf("restore %s: the history of timeline %d is damaged in the archive: %w", rs.t, t.ID, fail.Corrupt),
+		fmt.Sprintf("remove the object %s, and let a server that has %v in its pg_wal bring it back: pgkeep wal audit --fill; until then, %s", t.LostKey, pg.HistoryName(t.ID), ways))
+}
+
 // ways says which timelines backups lead to.
 func (rs *resolver) ways(named repo.ID, backups []repo.Listed) string {
 	var ways []string
 	for _, t := range rs.l.Timelines {
 		for _, b := range backups {
-			if b.Physical != nil && b.Err == nil && (named == "" || b.ID == named) && rs.l.On(baseOf(b.Manifest), t.ID) {
+			if b.Physical == nil || b.Err != nil || named != "" && b.ID != named {
+				continue
+			}
+			if _, damaged := rs.lost(b.Physical.Timeline, t.ID); !damaged && rs.l.On(baseOf(b.Manifest), t.ID) {
 				ways = append(ways, fmt.Sprint(uint32(t.ID)))
 				break
 			}
@@ -232,8 +273,24 @@ func (rs *resolver) latest(ctx context.Context) (Resolved, error) {
 		}
 		return Resolved{}, rs.hole(c, last)
 	}
+	if left, found := rs.l.Astray(c.reach, c.timeline); found {
+		return Resolved{}, rs.notYet(c, left)
+	}
 	last, err := rs.lastCommit(ctx, c, c.reach.To)
+	for _, t := range rs.l.Timelines { // pgkeep-wal tells no server that the log ends, if a later history may tell that it went on
+		if t.ID > c.timeline && !t.Lost.IsZero() && err == nil {
+			return Resolved{}, rs.unread(t, rs.beforeEnd(c, last))
+		}
+	}
 	return Resolved{Backup: c.Manifest, Window: c.reach, Until: c.reach.To, Last: last}, err
+}
+
+// notYet is the error for the latest moment of a timeline that nothing is
+// archived of but where it left another, which went on: the server would go on
+// with that one, and bring back what the newer one does not have.
+func (rs *resolver) notYet(c candidate, left pg.Fork) error {
+	err := rs.unreachable("timeline %d left timeline %d at %v, and its log from there on is not archived yet; that of timeline %[2]d is, and goes on with what is no longer true", c.timeline, left.Timeline, left.At)
+	return fail.Hint(err, fmt.Sprintf("on the server that runs on timeline %d, SELECT pg_switch_wal(), and try again when its log is archived; or restore the moment at which it began: --timeline %d --to-lsn %v --exclusive", c.timeline, left.Timeline, left.At))
 }
 
 // hole is the error for a target behind the end of what c reaches.
@@ -246,16 +303,24 @@ func (rs *resolver) hole(c candidate, last pg.WALRecord) error {
 		kind, what = fail.Unreachable, fmt.Sprintf("retention let the log go from %v on", c.reach.To)
 	}
 	for _, later := range rs.usable {
-		if later.Physical.Stop > c.reach.To {
+		if later.timeline == c.timeline && later.Physical.Stop > c.reach.To {
 			next = ", and after it " + moment(later.Manifest)
 			break
 		}
 	}
-	before := "the nearest moment before it that can be reached: " + moment(c.Manifest)
-	if last.At != 0 {
-		before = fmt.Sprintf("the last transaction before that was %d, committed at %s (%v); --to-xid %d reaches it", last.XID, instant(last.Time), last.At, last.XID)
+	before := rs.beforeEnd(c, last)
+	if left, found := rs.l.Astray(c.reach, c.timeline); found {
+		next += fmt.Sprintf("; what was written before %v, where timeline %d was left, can be reached with --timeline %[2]d", left.At, left.Timeline)
 	}
 	return fail.Hint(fmt.Errorf("restore %s: %s: %w", rs.t, what, kind), before+next)
+}
+
+// beforeEnd names the last moment that c reaches, last being the last commit.
+func (rs *resolver) beforeEnd(c candidate, last pg.WALRecord) string {
+	if last.At == 0 {
+		return "the nearest moment before it that can be reached: " + moment(c.Manifest)
+	}
+	return fmt.Sprintf("the last transaction before that was %d, committed at %s (%v); --to-xid %d reaches it", last.XID, instant(last.Time), last.At, last.XID)
 }
 
 // floor is from where on the log that c leads to is kept, on the last timeline that
@@ -273,7 +338,7 @@ func (rs *resolver) tooEarly() error {
 	if n := len(rs.passed); n > 0 {
 		hint += fmt.Sprintf("; %d backups were passed by, such as %s: %s", n, rs.passed[n-1].ID, rs.passed[n-1].Why)
 	}
-	return fail.Hint(err, hint)
+	return fail.Hint(err, hint+rs.other)
 }
 
 // before is the newest candidate that ended before the target.
@@ -433,15 +498,22 @@ func (rs *resolver) firstEnd(ctx context.Context, c candidate, from pg.LSN) (pg.
 
 // search reads the log for a transaction or a restore point, from the newest
 // backup to the oldest. Transactions have one end, so the first that is found
-// will do; names may be given twice, so all of the log is read.
+// will do; names may be given twice, so all of the log is read. If each backup is
+// recovered along its own timeline, that of the newest that has it is meant.
 func (rs *resolver) search(ctx context.Context) (Resolved, error) {
 	type find struct {
 		candidate
 		rec pg.WALRecord
 	}
 	var found []find
-	to := ^pg.LSN(0)
+	to, timeline := ^pg.LSN(0), pg.Timeline(0)
 	for _, c := range slices.Backward(rs.usable) {
+		if c.timeline != timeline {
+			if len(found) > 0 {
+				break
+			}
+			to, timeline = ^pg.LSN(0), c.timeline
+		}
 		for rec, err := range rs.scan(ctx, c.reach, c.Physical.Stop, min(to, c.reach.To), false) {
 			if err != nil {
 				return Resolved{}, err
@@ -467,7 +539,7 @@ func (rs *resolver) search(ctx context.Context) (Resolved, error) {
 		if rs.t.Kind == ToXID {
 			hint += "; a transaction that wrote nothing, or a subtransaction, has no end in the log"
 		}
-		return Resolved{}, fail.Hint(rs.unreachable("it is not in the log that can be reached"), hint)
+		return Resolved{}, fail.Hint(rs.unreachable("it is not in the log that can be reached"), hint+rs.other)
 	}
 	var where []string
 	slices.SortFunc(found, func(a, b find) int { return cmp.Compare(a.rec.At, b.rec.At) })

@@ -124,7 +124,8 @@ func drawPast(seed uint64) past {
 				}
 			}
 		}
-		for s := begin - begin%pg.LSN(segment); s+pg.LSN(segment) <= at; s += pg.LSN(segment) {
+		silent := t > 1 && rnd.IntN(4) == 0 // nothing but its history is archived
+		for s := begin - begin%pg.LSN(segment); !silent && s+pg.LSN(segment) <= at; s += pg.LSN(segment) {
 			name, err := pg.SegmentName(t, s, segment)
 			if err != nil {
 				panic(err)
@@ -154,11 +155,16 @@ func segmentsOf(rnd *rand.Rand, low, top int) pg.LSN {
 func (p past) drawTarget(rnd *rand.Rand) restore.Target {
 	newest := p.ledger.Timelines[len(p.ledger.Timelines)-1].ID
 	t := restore.Target{Timeline: restore.TargetTimeline(rnd.IntN(int(newest) + 1)), Exclusive: rnd.IntN(2) == 0}
+	if rnd.IntN(4) == 0 {
+		t.Timeline = restore.CurrentTimeline
+	}
 	any := p.records[pg.Timeline(1+rnd.IntN(int(newest)))]
 	rec := any[rnd.IntN(len(any))]
-	switch t.Kind = []restore.TargetKind{restore.Latest, restore.ToTime, restore.ToLSN, restore.ToXID, restore.ToName}[rnd.IntN(5)]; t.Kind {
+	switch t.Kind = []restore.TargetKind{restore.Latest, restore.ToTime, restore.ToLSN, restore.ToXID, restore.ToName, restore.Immediate}[rnd.IntN(6)]; t.Kind {
 	case restore.Latest:
 		t.Exclusive = false
+	case restore.Immediate:
+		t.Exclusive, t.Timeline = false, restore.LatestTimeline
 	case restore.ToTime:
 		t.Time = noon.Add(time.Duration(rnd.IntN(900)) * time.Second)
 	case restore.ToLSN:
@@ -178,33 +184,88 @@ type answer struct {
 	stop   pg.LSN
 }
 
+// served is where the log ends that PostgreSQL gets from the archive on its way from
+// a position of timeline from to timeline t: of each segment it takes that of the newest
+// timeline that had begun by then, and never goes back to an older one
+// (XLogFileReadAnyTLI in access/transam/xlogrecovery.c).
+func (p past) served(from pg.Timeline, at pg.LSN, t pg.Timeline) pg.LSN {
+	begins := map[pg.Timeline]pg.LSN{}
+	for _, tl := range p.ledger.Timelines {
+		begin := pg.LSN(0)
+		for _, f := range tl.Forks {
+			if tl.ID == t {
+				begins[f.Timeline] = begin
+			}
+			begin = f.At - f.At%pg.LSN(segment)
+		}
+		if tl.ID == t {
+			begins[t] = begin
+		}
+	}
+	at -= at % pg.LSN(segment)
+	for {
+		next := false
+		for tl := t; tl >= from && tl > 0 && !next; tl-- {
+			if begin, ok := begins[tl]; !ok || at < begin {
+				continue
+			}
+			for _, have := range p.ledger.Timelines {
+				next = next || have.ID == tl && slices.ContainsFunc(have.Ranges, func(r audit.Range) bool { return r.From <= at && at < r.To })
+			}
+			if next {
+				from = tl
+			}
+		}
+		if !next {
+			return at
+		}
+		at += pg.LSN(segment)
+	}
+}
+
 // oracle tries every backup with every record.
 func (p past) oracle(t restore.Target) (best answer) {
-	timeline := p.ledger.Timelines[len(p.ledger.Timelines)-1].ID
-	if t.Timeline != 0 {
-		timeline = pg.Timeline(t.Timeline)
+	newest := p.ledger.Timelines[len(p.ledger.Timelines)-1].ID
+	own := t.Timeline == restore.CurrentTimeline || t.Kind == restore.Immediate
+	type place struct {
+		timeline pg.Timeline
+		at       pg.LSN
 	}
-	way := p.way(timeline)
-	named := map[pg.LSN]bool{}
+	named := map[place]bool{}
+	bestTimeline := newest
 	backups := slices.Clone(p.backups) // by where they end, which is not always how they began
 	slices.SortFunc(backups, func(a, b repo.Listed) int {
+		if own {
+			return a.Physical.StoppedAt.Compare(b.Physical.StoppedAt)
+		}
 		return cmp.Or(cmp.Compare(a.Physical.Stop, b.Physical.Stop), strings.Compare(string(a.ID), string(b.ID)))
 	})
 	for _, b := range backups {
+		timeline := newest
+		switch {
+		case own:
+			timeline = b.Physical.Timeline
+		case t.Timeline != 0:
+			timeline = pg.Timeline(t.Timeline)
+		}
+		way := p.way(timeline)
 		reach, ok := p.ledger.Reach(audit.Base{Timeline: b.Physical.Timeline, Start: b.Physical.Start, Stop: b.Physical.Stop}, timeline)
 		if !ok || b.Physical.Damaged > 0 {
 			continue
 		}
 		for _, r := range way {
 			if t.Kind == restore.ToName && r.At >= b.Physical.Stop && r.End <= reach.To && r.Name == t.Name {
-				named[r.At] = true
+				named[place{timeline, r.At}] = true
 			}
 		}
-		if t.Kind == restore.Latest {
-			if reach.To == p.ledger.Frontier(timeline) {
+		switch t.Kind {
+		case restore.Immediate:
+			best = answer{b.ID, 0}
+			continue
+		case restore.Latest:
+			best = answer{}
+			if reach.To == p.ledger.Frontier(timeline) && p.served(b.Physical.Timeline, b.Physical.Start, timeline) == reach.To {
 				best = answer{b.ID, 0}
-			} else {
-				best = answer{}
 			}
 			continue
 		}
@@ -221,12 +282,18 @@ func (p past) oracle(t restore.Target) (best answer) {
 				ended && t.Kind == restore.ToLSN && r.At >= t.LSN ||
 				t.Kind == restore.ToXID && end && r.XID == t.XID ||
 				t.Kind == restore.ToName && r.Name == t.Name {
-				best = answer{b.ID, r.At}
+				best, bestTimeline = answer{b.ID, r.At}, timeline
 				break
 			}
 		}
 	}
-	if len(named) > 1 {
+	n := 0
+	for at := range named {
+		if at.timeline == bestTimeline {
+			n++
+		}
+	}
+	if n > 1 {
 		return answer{}
 	}
 	return best
@@ -234,7 +301,7 @@ func (p past) oracle(t restore.Target) (best answer) {
 
 // What Resolve says is what trying everything says.
 func TestResolveFindsWhatThereIs(t *testing.T) {
-	reached, refused, known, kinds := 0, 0, 0, map[restore.TargetKind]int{}
+	reached, refused, known, astray, kinds := 0, 0, 0, 0, map[restore.TargetKind]int{}
 	for seed := range uint64(3000) {
 		p := drawPast(seed)
 		rnd := rand.New(rand.NewPCG(seed, 2))
@@ -246,6 +313,9 @@ func TestResolveFindsWhatThereIs(t *testing.T) {
 		}
 		if err != nil {
 			refused++
+			if strings.Contains(err.Error(), "not archived yet") {
+				astray++
+			}
 			if k := fail.KindOf(err); k != fail.Unreachable && k != fail.WALHole && k != fail.NoBackup {
 				t.Fatalf("seed %d: %v", seed, err)
 			}
@@ -265,8 +335,8 @@ func TestResolveFindsWhatThereIs(t *testing.T) {
 			}
 		}
 	}
-	t.Logf("%d reached %v, %d refused; of %d it is known when they had been written", reached, kinds, refused, known)
-	if len(kinds) < 5 || refused < 300 || known < (reached-kinds[restore.Latest])*9/10 {
+	t.Logf("%d reached %v, %d refused, %d for an older timeline went on; of %d it is known when they had been written", reached, kinds, refused, astray, known)
+	if len(kinds) < 6 || astray < 10 || refused < 300 || known < (reached-kinds[restore.Latest]-kinds[restore.Immediate])*9/10 {
 		t.Error("the test has lost its point")
 	}
 }
@@ -400,5 +470,73 @@ func TestAMomentThatRetentionLetGo(t *testing.T) {
 	l.Timelines[0].Floor = 0
 	if _, err := restore.Resolve(ctx, restore.Target{Kind: restore.ToLSN, LSN: at(5)}, "", backups, l, nothing); !errors.Is(err, fail.WALHole) {
 		t.Errorf("without a floor: %v", err)
+	}
+}
+
+// A moment before pg_upgrade was unreachable, for the cluster's newest life alone was
+// looked at.
+func TestAMomentBeforeAnUpgradeIsInTheLifeBefore(t *testing.T) {
+	var backups []repo.Listed
+	for i, system := range []pg.SystemID{5, 6, 6, 7} {
+		at := noon.Add(time.Duration(i) * 24 * time.Hour)
+		m := repo.Manifest{Ref: repo.Ref{Cluster: "main", ID: repo.NewID(at, fmt.Sprintf("%08x", i))}, Kind: repo.Physical, System: system, Version: pg.Version(150000 + 10000*(system-5)), FinishedAt: at}
+		m.Physical = &repo.PhysicalFacts{Start: pg.LSN(segment), Stop: pg.LSN(segment) + 4000, Timeline: 1, StopTimeline: 1, StoppedAt: at}
+		backups = append(backups, repo.Listed{Manifest: m})
+	}
+	moment := func(days float64) restore.Target {
+		return restore.Target{Kind: restore.ToTime, Time: noon.Add(time.Duration(days * float64(24*time.Hour)))}
+	}
+	for what, tt := range map[string]struct {
+		p    restore.Physical
+		want pg.SystemID
+	}{
+		"the latest moment":         {restore.Physical{Target: restore.Target{Kind: restore.Latest}}, 7},
+		"a time now":                {restore.Physical{Target: moment(3.5)}, 7},
+		"the end of the backup":     {restore.Physical{Target: moment(3)}, 7},
+		"a time before the upgrade": {restore.Physical{Target: moment(2.5)}, 6},
+		"before the one before":     {restore.Physical{Target: moment(0.5)}, 5},
+		"before all":                {restore.Physical{Target: moment(-1)}, 5},
+		"a backup that is named":    {restore.Physical{Target: moment(3.5), Backup: backups[1].ID}, 6},
+		"a transaction":             {restore.Physical{Target: restore.Target{Kind: restore.ToXID, XID: 800}}, 7},
+	} {
+		tt.p.Cluster = "main"
+		if got := tt.p.Life(backups); got.System != tt.want || got.Cluster != "main" || got.Major != 15+int(tt.want-5) {
+			t.Errorf("%s: in %+v, want system %v", what, got, tt.want)
+		}
+	}
+	p := plainPast()
+	p.backups = append(p.backups, backups[1])
+	reads := 0
+	for _, target := range []restore.Target{{Kind: restore.ToXID, XID: 4711}, {Kind: restore.ToLSN, LSN: 0x100000}} {
+		_, err := restore.Resolve(ctx, target, "", p.backups, p.ledger, p.scan(&reads))
+		if hint := fail.HintOf(err); !strings.Contains(hint, "pgkeep restore "+string(backups[1].ID)) {
+			t.Errorf("%v: %v; %s", target, err, hint)
+		}
+	}
+}
+
+// Of two timelines, the positions do not compare: the newest backup is the one that
+// was taken last.
+func TestTheNewestBackupIsNotTheOneThatEndsHighest(t *testing.T) {
+	p := plainPast()
+	p.ledger.AddHistory(2, []pg.Fork{{Timeline: 1, At: pg.LSN(segment)*3 + 800}}, noon)
+	for i := range 3 {
+		n, _ := pg.ParseWALName(fmt.Sprintf("00000002000000000000000%d", 3+i))
+		if err := p.ledger.Add(n, noon); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m := p.backups[1].Manifest // ends at 0/5DD1E0 of timeline 1
+	m.ID = repo.NewID(noon.Add(10*time.Hour), "00000002")
+	m.Physical = &repo.PhysicalFacts{Start: pg.LSN(segment)*4 + 40, Stop: pg.LSN(segment)*4 + 400, Timeline: 2, StopTimeline: 2, StoppedAt: noon.Add(10 * time.Hour)}
+	p.backups = append(p.backups, repo.Listed{Manifest: m})
+	p.records[2] = []pg.WALRecord{{Kind: pg.Commit, At: pg.LSN(segment)*4 + 800, End: pg.LSN(segment)*4 + 900, XID: 720, Time: noon.Add(11 * time.Hour)}}
+	reads := 0
+	for _, target := range []restore.Target{{Kind: restore.Immediate}, {Kind: restore.Latest, Timeline: restore.CurrentTimeline},
+		{Kind: restore.ToTime, Time: noon.Add(10*time.Hour + time.Minute), Timeline: restore.CurrentTimeline}, {Kind: restore.ToXID, XID: 720, Timeline: restore.CurrentTimeline}} {
+		got, err := restore.Resolve(ctx, target, "", p.backups, p.ledger, p.scan(&reads))
+		if err != nil || got.Backup.ID != m.ID || got.Timeline != 2 {
+			t.Errorf("%v: from %s, along timeline %d (%v)", target, got.Backup.ID, got.Timeline, err)
+		}
 	}
 }

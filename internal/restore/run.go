@@ -113,6 +113,12 @@ func (r *run) still() error {
 	return nil
 }
 
+// Begun reports whether Dir holds a restore that did not end.
+func (p Physical) Begun() bool {
+	_, err := readMarker(p.Dir)
+	return err == nil
+}
+
 // Done reports whether p.Job has finished this restore already. What has become
 // of the directory since is not looked at.
 func (p Physical) Done() (bool, error) {

@@ -100,12 +100,14 @@ func onOff(on bool) string {
 
 // fetchCommand is the restore_command. Up to the last segment that was archived
 // when the restore was planned, absence is not the end of the log: it is a loss
-// (promise P29).
+// (promise P29). What an older timeline holds behind where this one left it
+// is absence, whenever it comes there.
 func (p Physical) fetchCommand(res Resolved) string {
 	words := slices.Clone(p.Fetch)
 	if last := lastSegment(res); last != "" {
 		words = append(words, "--expect", last)
 	}
+	words = append(words, "--timeline", fmt.Sprint(uint32(res.Timeline)))
 	for i, w := range words {
 		words[i] = strings.ReplaceAll(shellWord(w), "%", "%%")
 	}

@@ -131,6 +131,9 @@ func ParseTime(s string) (time.Time, error) {
 	case m[3] == "Local":
 		return bad("which zone is local, nobody will know later", forms)
 	}
+	if !strings.Contains(m[3], "/") && m[3] != "UTC" && m[3] != "GMT" { // CET and EST are what people there call their winter, and say in summer
+		return bad(fmt.Sprintf("%q stands for an offset that not everybody means by it", m[3]), "give the offset from UTC, as in +01, or the name of a place, as in Europe/Berlin")
+	}
 	place, err := time.LoadLocation(m[3])
 	if err != nil {
 		return bad(fmt.Sprintf("no zone %q is known", m[3]), forms)
