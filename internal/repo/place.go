@@ -8,6 +8,7 @@ import (
 	"os"
 	"path"
 	"slices"
+	"syscall"
 
 	"github.com/pgkeep/pgkeep/internal/seal"
 )
@@ -62,7 +63,7 @@ func (re *reader) prepare(f *wantedFile, picks []pick) (rest []pick, err error) 
 	if re.opt.Keep {
 		info, err := f.dir.Lstat(f.name)
 		switch {
-		case err == nil && info.Mode().IsRegular():
+		case err == nil && info.Mode().IsRegular() && !hasOtherNames(info):
 			flags = os.O_RDWR
 		case err == nil:
 			err = f.dir.Remove(f.name)
@@ -89,6 +90,13 @@ func (re *reader) prepare(f *wantedFile, picks []pick) (rest []pick, err error) 
 		return re.compare(f, file, picks)
 	}
 	return picks, file.Truncate(f.entry.Size)
+}
+
+// hasOtherNames reports whether a file has more than one name: what is written to
+// it changes the others too, in a copy that was made with hard links.
+func hasOtherNames(info fs.FileInfo) bool {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	return ok && st.Nlink > 1
 }
 
 // compare reads a file that is there, makes zeros of what is to be zeros, and

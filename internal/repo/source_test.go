@@ -201,6 +201,20 @@ func TestDeltaFetchesWhatDiffers(t *testing.T) {
 		if mine, _ := os.ReadFile(outside); err != nil || string(mine) != "mine" || !bytes.Equal(got["data/base/1"], d["data/base/1"]) {
 			t.Errorf("outside: %q, %v", mine, err)
 		}
+		// Nor is a file written to that has another name, as in a copy made with cp -al.
+		two := filepath.Join(dir, "DATA/base/2")
+		os.WriteFile(two, pages(7, 20), 0)
+		os.Chmod(two, 0o640)
+		before, _ := os.ReadFile(two)
+		sibling := filepath.Join(t.TempDir(), "sibling")
+		if err := os.Link(two, sibling); err != nil {
+			t.Fatal(err)
+		}
+		got, _, err = readDisk(t, b.r, m, dir, true)
+		after, _ := os.ReadFile(sibling)
+		if info, _ := os.Stat(sibling); err != nil || !bytes.Equal(before, after) || info.Mode() != 0o640 || !bytes.Equal(got["data/base/2"], d["data/base/2"]) {
+			t.Errorf("the other name of a file has changed (%v)", err)
+		}
 	}
 }
 
