@@ -339,7 +339,14 @@ func (e *env) restoreDir(ctx context.Context, opt dirOptions) error {
 		if ctx.Err() != nil {
 			err = fail.With(fail.Cancelled, errors.New("interrupted"))
 		}
-		return fail.Hint(err, fmt.Sprintf("%s is unfinished, and no server starts on it; the same command again goes on from there", p.Dir))
+		if !p.Begun() { // it says itself what to do
+			return err
+		}
+		hint := fmt.Sprintf("%s is unfinished, and no server starts on it; the same command again goes on from there", p.Dir)
+		if why := fail.HintOf(err); why != "" {
+			hint = why + "; " + hint
+		}
+		return fail.Hint(err, hint)
 	}
 	shown.Seconds = time.Since(began).Seconds()
 	if opt.JSON {

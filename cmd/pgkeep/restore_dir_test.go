@@ -2,11 +2,16 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
+	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/lab"
 )
 
@@ -59,8 +64,32 @@ func TestAClusterComesBackFromBucketAndKey(t *testing.T) {
 	if err := json.Unmarshal([]byte(out), &plan); err != nil || plan.Schema != "pgkeep.restore.dir/1" || plan.State != "new" || plan.Segments < 1 || !plan.DryRun || plan.Target.Name != "good" || plan.Server == "" || plan.Time.Fetch <= 0 || plan.Time.Replay <= 0 {
 		t.Errorf("the plan is %s (%v)", out, err)
 	}
-	p.fails(0, []string{"restored ", " to " + dir, "it recovers to restore point \"good\", and opens"},
-		"restore", "--target-dir", dir, "--to-name", "good", "--target-action", "promote", "--cluster", "main")
+	p.damagedPack(dir)
+	good := []string{"restore", "--target-dir", dir, "--to-name", "good", "--target-action", "promote", "--cluster", "main"}
+	for _, kill := range []string{"pwrite64:signal=KILL:when=3", "syncfs:signal=KILL:when=1", "fsync:signal=KILL:when=4"} {
+		out, err := p.traced([]string{"-o", "/dev/null", "-e", "inject=" + kill}, good...)
+		if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.Success() || strings.Contains(out, "restored ") {
+			t.Errorf("killed at %s: %v\n%s", kill, err, out)
+		}
+		_, cerr := os.Lstat(filepath.Join(dir, "global/pg_control"))
+		_, merr := os.Lstat(filepath.Join(dir, "pgkeep.restoring"))
+		if !errors.Is(cerr, fs.ErrNotExist) || merr != nil {
+			t.Errorf("killed at %s: a server could start on it (%v, %v)", kill, cerr, merr)
+		}
+	}
+	if out := p.ok(good...); !strings.Contains(out, "restored ") {
+		t.Fatalf("after it was killed: %s", out)
+	}
+	another, trace := filepath.Join(p.shared, "traced", "data"), filepath.Join(p.dir, "trace")
+	if err := os.Mkdir(filepath.Dir(another), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	p.own()
+	good[2] = another
+	if out, err := p.traced([]string{"-o", trace}, good...); err != nil || !strings.Contains(out, "restored ") || !strings.Contains(out, "it recovers to restore point \"good\", and opens") {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	onDisk(t, trace, another)
 	p.fails(18, []string{"is not empty"}, "restore", "--target-dir", dir)
 	server := lab.PostgresForTest(t, lab.PostgresOptions{Dir: filepath.Dir(dir), Settings: map[string]string{"hot_standby": "off"}})
 	for sql, want := range map[string]string{"SELECT count(*)::text FROM t": "100", "SELECT coalesce(to_regclass('later')::text, 'none')": "none", "SHOW archive_mode": "off"} {
@@ -100,4 +129,76 @@ func TestRestoreRefusesWhatIsMeantForTheOtherKind(t *testing.T) {
 		}
 		w.fails(2, []string{says}, args...)
 	}
+}
+
+// traced runs the program itself, under strace.
+func (p *pair) traced(options []string, args ...string) (out string, err error) {
+	p.t.Helper()
+	program, err := exec.LookPath("pgkeep")
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	calls := "trace=openat,write,pwrite64,ftruncate,fallocate,mkdirat,symlinkat,unlinkat,renameat,renameat2,fchmodat,fchownat,fsync,fdatasync,sync_file_range,syncfs"
+	cmd := exec.CommandContext(p.t.Context(), "strace", slices.Concat([]string{"-f", "-qq", "-y", "-s", "200", "-e", calls}, options, []string{program, "--config", p.config}, args)...)
+	b, err := cmd.CombinedOutput()
+	return string(b), err
+}
+
+// onDisk reads in a trace that all of a restore was on disk before pg_control
+// appeared, and that itself before the end.
+func onDisk(t *testing.T, trace, dir string) {
+	t.Helper()
+	text, err := os.ReadFile(trace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(string(text), "\n")
+	find := func(after int, parts ...string) int {
+		for i := after + 1; i < len(lines); i++ {
+			if !slices.ContainsFunc(parts, func(part string) bool { return !strings.Contains(lines[i], part) }) {
+				return i
+			}
+		}
+		t.Fatalf("no call %q after %q", parts, lines[max(after, 0)])
+		return 0
+	}
+	synced := find(-1, "syncfs(", "<"+dir+">")
+	there := find(synced, "renameat", `"pg_control.pgkeep"`, `"pg_control"`)
+	gone := find(find(there, "fsync(", "<"+dir+"/global>"), "unlinkat(", "pgkeep.restoring")
+	find(gone, "fsync(", "<"+dir+">")
+	if n := strings.Count(string(text), "pwrite64("); n < 100 {
+		t.Errorf("%d writes were seen", n)
+	}
+	for i, line := range lines {
+		changes := strings.Contains(line, "write") || strings.Contains(line, "O_CREAT") || strings.Contains(line, "truncate(") || strings.Contains(line, "mkdirat(") || strings.Contains(line, "symlinkat(") || strings.Contains(line, "fchownat(")
+		if i > synced && changes && strings.Contains(line, "<"+dir) {
+			t.Errorf("after all was synced: %s", line)
+		}
+	}
+	for _, at := range []int{synced, there} {
+		if !strings.Contains(lines[at], ") = 0") && !strings.Contains(lines[at+1], "resumed>) = 0") && !strings.Contains(lines[at], "unfinished") {
+			t.Errorf("it failed: %s", lines[at])
+		}
+	}
+}
+
+// damagedPack restores from a damaged pack. What went wrong comes with its own
+// advice, which the one about the unfinished directory hid.
+func (p *pair) damagedPack(dir string) {
+	p.t.Helper()
+	largest, size := "", int64(0)
+	for key, path := range p.objects() {
+		if info, err := os.Stat(path); err == nil && strings.Contains(key, "/packs/") && info.Size() > size {
+			largest, size = path, info.Size()
+		}
+	}
+	b, err := os.ReadFile(largest)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	b[len(b)/3] ^= 1
+	overwrite(p.t, largest, b)
+	p.fails(14, []string{fail.HintOf(fail.Corrupt) + "; " + dir + " is unfinished"}, "restore", "--target-dir", dir, "--to-name", "good", "--cluster", "main")
+	b[len(b)/3] ^= 1
+	overwrite(p.t, largest, b)
 }
