@@ -15,7 +15,7 @@ func InstanceAt(dir, machine, host string) (string, error) {
 	at := placeOf(machine, host, dir)
 	id, err := at.read(root)
 	if id == "" && err == nil {
-		id, err = at.begin(root)
+		id, err = at.begin(root, func(*os.File) error { return nil })
 	}
 	return id, err
 }

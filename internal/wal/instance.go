@@ -69,15 +69,52 @@ func openInstance(pgdata string) (Instance, error) {
 		return Instance{}, err
 	}
 	defer root.Close()
+	give, err := giver(pgdata)
+	if err != nil {
+		return Instance{}, err
+	}
+	here, err := root.Open(".")
+	if err != nil {
+		return Instance{}, err
+	}
+	defer here.Close()
 	at, err := thisPlace(dir)
+	if err == nil {
+		err = give(here)
+	}
 	if err != nil {
 		return Instance{}, err
 	}
 	id, err := at.read(root)
 	if id == "" && err == nil {
-		id, err = at.begin(root)
+		id, err = at.begin(root, give)
 	}
 	return Instance{ID: id, Dir: dir}, err
+}
+
+// giver returns what gives a file to the owner of the data directory, if it is
+// root's: PostgreSQL archives as another user, and root may have asked first.
+func giver(pgdata string) (give func(*os.File) error, err error) {
+	keep := func(*os.File) error { return nil }
+	if os.Geteuid() != 0 {
+		return keep, nil
+	}
+	info, err := os.Stat(pgdata)
+	if err != nil {
+		return nil, err
+	}
+	owner := info.Sys().(*syscall.Stat_t)
+	return func(f *os.File) error {
+		info, err := f.Stat()
+		if err != nil {
+			return err
+		}
+		have := info.Sys().(*syscall.Stat_t)
+		if have.Uid != 0 || !info.IsDir() && have.Nlink > 1 { // one with another name is not ours to give
+			return nil
+		}
+		return f.Chown(int(owner.Uid), int(owner.Gid))
+	}, nil
 }
 
 // exists reports whether an instance is still the one at its place.
@@ -156,12 +193,15 @@ func (at place) read(root *os.Root) (string, error) {
 }
 
 // begin makes a new id, unless somebody else did so just now.
-func (at place) begin(root *os.Root) (string, error) {
+func (at place) begin(root *os.Root, give func(*os.File) error) (string, error) {
 	lock, err := root.OpenFile(instanceLock, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return "", err
 	}
 	defer lock.Close() // and with it the lock
+	if err := give(lock); err != nil {
+		return "", err
+	}
 	if err := flock(lock, syscall.LOCK_EX); err != nil {
 		return "", err
 	}
@@ -172,6 +212,9 @@ func (at place) begin(root *os.Root) (string, error) {
 	err = durable.Replace(root, instanceFile, 0o600, func(w io.Writer) (err error) {
 		f, _ := w.(*os.File)
 		if r.Inode, err = inodeOf(f); err != nil { // it stays when the file gets its name
+			return err
+		}
+		if err := give(f); err != nil {
 			return err
 		}
 		return json.NewEncoder(w).Encode(r)

@@ -3,11 +3,13 @@ package wal_test
 import (
 	"bytes"
 	"errors"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/pgkeep/pgkeep/internal/wal"
@@ -197,4 +199,42 @@ func FuzzInstanceFile(f *testing.F) {
 			t.Errorf("%q makes it %s", b, got)
 		}
 	})
+}
+
+// An administrator ran pgkeep wal audit --fill, or pgkeep-wal claim, as root before
+// PostgreSQL had archived anything. From then on PostgreSQL's user could not open
+// what root had made, and nothing was archived.
+func TestWhatRootMakesBelongsToTheOwnerOfTheDataDirectory(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "data")
+	makeServer(t, dir)
+	if os.Geteuid() == 0 { // else it is this user's anyway
+		err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+			return errors.Join(err, os.Chown(path, 65534, 65534))
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.Stat(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := wal.OpenInstance(dir); err != nil {
+		t.Fatal(err)
+	}
+	names := 0
+	err = filepath.WalkDir(filepath.Join(dir, "pg_wal/pgkeep"), func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		names++
+		info, err := d.Info()
+		if err == nil && info.Sys().(*syscall.Stat_t).Uid != want.Sys().(*syscall.Stat_t).Uid {
+			t.Errorf("%s belongs to %d", path, info.Sys().(*syscall.Stat_t).Uid)
+		}
+		return err
+	})
+	if err != nil || names != 3 {
+		t.Errorf("%d names, %v; want the directory, the instance and its lock", names, err)
+	}
 }
