@@ -350,7 +350,7 @@ func (d *Dir) Tablespaces() ([]Tablespace, error) {
 // KeepDatabases notes which directories of databases there are: from now on Files
 // lists them, and if they are gone when it gets there, without content. It is
 // called between the start of a backup and Files, once, and before the next
-// checkpoint; see docs/decisions/0025-databases-that-were-dropped.md.
+// checkpoint; see docs/decisions/0021-databases-that-were-dropped.md.
 func (d *Dir) KeepDatabases() error {
 	spaces, err := d.Tablespaces()
 	if err != nil {
