@@ -90,7 +90,7 @@ repository: {url: 's3://%[1]s/prod', endpoint: '%[2]s', ca_file: %[3]s/ca.pem, a
 keys: {signing_key: %[3]s/signing.key, metadata_identity: %[3]s/metadata.key%[6]s}
 spool: %[3]s/spool
 host: %[8]s
-restore_test: {directory: %[3]s/sandbox}
+restore_test: {directory: %[3]s/s}
 temporal: {address: "127.0.0.1:9"} # nobody is there
 clusters: {main: {host: db1, conninfo: "%[7]s", retention: {daily: 1, lock: 2d, lock_mode: compliance, host: store1}}}
 `, server.Bucket, g.gate.url, g.dir, key, role, map[bool]string{true: ", identity: " + g.operator}[role == "restore"],
