@@ -161,7 +161,12 @@ func DirForTest(t testing.TB) string {
 	dir, err := os.MkdirTemp("", "pgkeep-pg-")
 	if err == nil {
 		t.Cleanup(func() {
-			if err := os.RemoveAll(dir); err != nil {
+			err := os.RemoveAll(dir)
+			for end := time.Now().Add(10 * time.Second); errors.Is(err, syscall.ENOTEMPTY) && time.Now().Before(end); {
+				time.Sleep(50 * time.Millisecond) // who fetches ahead has yet to see that it is gone
+				err = os.RemoveAll(dir)
+			}
+			if err != nil {
 				t.Error(err)
 			}
 		})

@@ -164,12 +164,14 @@ func TestTheScannerFindsWhatPgWaldumpDoes(t *testing.T) {
 		t.Fatal(err)
 	}
 	kinds := make(map[pg.RecordKind]int)
+	ours := false // what comes before may be as old as the template of the cluster
 	for i := range got {
+		ours = ours || got[i].Name == "before"
 		kinds[got[i].Kind]++
 		if got[i].End <= got[i].At {
 			t.Errorf("%+v ends before it begins", got[i])
 		}
-		if age := time.Since(got[i].Time); got[i].Kind != pg.BackupEnd && (age < -time.Second || age > 5*time.Minute) {
+		if age := time.Since(got[i].Time); got[i].Kind != pg.BackupEnd && (age < -time.Second || ours && age > 5*time.Minute) {
 			t.Errorf("%+v has a strange time", got[i])
 		}
 		got[i].End = 0
