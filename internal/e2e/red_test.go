@@ -267,6 +267,9 @@ func TestADefectIsFound(t *testing.T) {
 					t.Fatalf("backup: %d\n%s\n%s", res.status, res.err, r.run("ps").out)
 				}
 			}
+			if d.count != "" { // PostgreSQL notes now and then what runs: the rows may have been counted behind that, in the next segment
+				r.archived()
+			}
 			r.red(d, b, dir)
 		})
 	}
