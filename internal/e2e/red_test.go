@@ -119,6 +119,7 @@ func sql(do, undo string) func(*rig, *ground) func() {
 			if err := r.pg.Exec(r.t.Context(), "app", undo); err != nil {
 				r.t.Fatal(err)
 			}
+			r.archived() // else later tests of the backup that was there replay what was done, and not this
 		}
 	}
 }
