@@ -3,9 +3,12 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -89,16 +92,15 @@ func TestDoctorOfSchedules(t *testing.T) {
 		if fix != "start pgkeep worker on db1" {
 			t.Errorf("fix: %s", fix)
 		}
-		ctx, stop := context.WithCancel(t.Context())
-		ended := make(chan int)
-		go func() {
-			status, _, _ := w.with(ctx, w.config, "worker", "--grace", "1s")
-			ended <- status
-		}()
+		// In a process of its own: the library of the command line has state for all
+		// of a process.
+		worker := exec.Command("pgkeep", "--config", w.config, "worker", "--grace", "1s")
+		if err := worker.Start(); err != nil {
+			t.Fatal(err)
+		}
 		t.Cleanup(func() {
-			stop()
-			if status := <-ended; status != 0 {
-				t.Errorf("the worker ended with status %d", status)
+			if err := errors.Join(worker.Process.Signal(syscall.SIGTERM), worker.Wait()); err != nil {
+				t.Errorf("the worker: %v", err)
 			}
 		})
 	})
