@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"slices"
 
 	"filippo.io/age"
 	"github.com/klauspost/compress/zstd"
@@ -21,20 +22,28 @@ import (
 // A Compressor makes zstd frames. It is for one goroutine at a time.
 type Compressor struct{ enc *zstd.Encoder }
 
-// NewCompressor returns a Compressor at zstd's fastest level. Frames are small
-// (see package repo), so its window is too.
+// frameSize is the most content of a frame, in bytes. What fits the nearer caches
+// of a processor is compressed a fifth faster than twice or four times as much;
+// of PostgreSQL's pages and log it makes no more.
+const frameSize = 64 << 10
+
+// NewCompressor returns a Compressor at zstd's fastest level.
 func NewCompressor() (*Compressor, error) {
 	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
-		zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(256<<10), zstd.WithEncoderCRC(false))
+		zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(frameSize), zstd.WithEncoderCRC(false))
 	if err != nil {
 		return nil, fmt.Errorf("zstd encoder: %w", err)
 	}
 	return &Compressor{enc}, nil
 }
 
-// Append compresses src into one frame and appends it to dst.
+// Append compresses src into frames and appends them to dst: one for each 64 KiB,
+// none for nothing.
 func (c *Compressor) Append(dst, src []byte) []byte {
-	out := c.enc.EncodeAll(src, dst)
+	out := dst
+	for part := range slices.Chunk(src, frameSize) {
+		out = c.enc.EncodeAll(part, out)
+	}
 	used(c, src, out[len(dst):])
 	return out
 }
