@@ -333,6 +333,12 @@ func (a *arm) empty(ctx context.Context, site *compare.Site, pgdata string, segm
 			return err
 		}
 	}
+	// Files that wait were complete a while ago.
+	select {
+	case <-time.After(aged):
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 	watched, stop := context.WithCancel(ctx)
 	peak := make(chan int64)
 	go func() { peak <- watch(watched, filepath.Base(strings.Fields(a.Archive)[0])) }()
@@ -352,9 +358,14 @@ func (a *arm) empty(ctx context.Context, site *compare.Site, pgdata string, segm
 	return err
 }
 
+const (
+	aged    = 5 * time.Second        // the files of a queue, at least
+	looking = 100 * time.Millisecond // more often, looking takes a tenth of the processors
+)
+
 // watch returns the most memory that the processes of a program had together.
 func watch(ctx context.Context, program string) (peak int64) {
-	tick := time.NewTicker(25 * time.Millisecond)
+	tick := time.NewTicker(looking)
 	defer tick.Stop()
 	for {
 		select {
@@ -436,6 +447,12 @@ func (a *arm) recover(ctx context.Context, b *bench, last string) error {
 		return err
 	}
 	program := filepath.Base(strings.Fields(a.Restore)[0])
+	// Files that wait were complete a while ago.
+	select {
+	case <-time.After(aged):
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 	watched, stop := context.WithCancel(ctx)
 	peak := make(chan int64)
 	go func() { peak <- watch(watched, program) }()
