@@ -447,12 +447,6 @@ func (a *arm) recover(ctx context.Context, b *bench, last string) error {
 		return err
 	}
 	program := filepath.Base(strings.Fields(a.Restore)[0])
-	// Files that wait were complete a while ago.
-	select {
-	case <-time.After(aged):
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 	watched, stop := context.WithCancel(ctx)
 	peak := make(chan int64)
 	go func() { peak <- watch(watched, program) }()
