@@ -123,7 +123,7 @@ func (e *env) printProof(p *proofShown) error {
 		{"recovered to", recoveredTo(*rep)},
 		{"time to restore", spent(rep.RTO) + phasesOf(*rep)},
 		{"behind source", behind(rep.Lag)},
-		{"looked at", fmt.Sprintf("%s: %s, %d B-trees, %d rows, %s", count(rep.Databases, "database"), count(rep.Tables, "table"), rep.Indexes, rep.Rows, size(rep.Bytes))},
+		{"looked at", fmt.Sprintf("%s: %s, %d B-trees (%d compared with their tables), %d rows, %s", count(rep.Databases, "database"), count(rep.Tables, "table"), rep.Indexes, rep.Compared, rep.Rows, size(rep.Bytes))},
 		{"isolation", isolationOf(*rep)},
 	}
 	fmt.Fprintln(e.out)

@@ -44,6 +44,7 @@ func restoreTestCommand(e *env) *cli.Command {
 			clusterFlag(),
 			&cli.StringFlag{Name: "policy", Usage: "choose by `POLICY`: newest, random, oldest-unproven or random-moment"},
 			&cli.StringFlag{Name: "host", Usage: "let the worker of `HOST` do it; else that of the cluster's host"},
+			boolFlag("thorough", "look for every row in every index, not only in small ones and those whose turn it is"),
 			boolFlag("wait", "wait until it is done; this is what happens anyway"),
 			boolFlag("detach", "do not wait"),
 			boolFlag("direct", "do it here and now, without Temporal"),
@@ -51,7 +52,7 @@ func restoreTestCommand(e *env) *cli.Command {
 		}...),
 		Action: func(c *cli.Context) error {
 			return e.restoreTest(c.Context, testOptions{dirOptions: dirOptionsOf(c), Policy: c.String("policy"),
-				Wait: c.Bool("wait"), Detach: c.Bool("detach"), Direct: c.Bool("direct")})
+				Thorough: c.Bool("thorough"), Wait: c.Bool("wait"), Detach: c.Bool("detach"), Direct: c.Bool("direct")})
 		},
 	}
 }
@@ -59,6 +60,7 @@ func restoreTestCommand(e *env) *cli.Command {
 type testOptions struct {
 	dirOptions // the moment, the backup, cluster, host and form of the answer
 	Policy     string
+	Thorough   bool
 	Wait       bool
 	Detach     bool
 	Direct     bool
@@ -72,6 +74,7 @@ func (opt testOptions) request() (q proof.Request, err error) {
 	if opt.Direct && opt.Host != "" {
 		return q, config.Errorf("--direct and --host exclude each other: run it there")
 	}
+	q.Thorough = opt.Thorough
 	target, err := opt.target()
 	if err != nil {
 		return q, err
@@ -226,7 +229,7 @@ func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Se
 // testerOf is who tests backups on this host.
 func testerOf(c *config.Config, st store.Store, a repo.Access, log *slog.Logger) *proof.Tester {
 	s := c.RestoreTest
-	return &proof.Tester{Host: string(c.Host), Log: log, Policy: proof.Policy(s.Policy), Limit: s.Limit, Jobs: s.Jobs,
+	return &proof.Tester{Host: string(c.Host), Log: log, Policy: proof.Policy(s.Policy), Limit: s.Limit, Jobs: s.Jobs, Thorough: s.Thorough,
 		Open: func(ctx context.Context) (*repo.Repo, error) { return repo.Open(ctx, st, a) },
 		Prepare: func(name string) (restore.Physical, error) {
 			p, err := serverNeeds(c, name)

@@ -26,7 +26,7 @@ func main() {
 	flag.IntVar(&o.scale, "scale", 130, "of pgbench; 1 is 15 MB")
 	flag.IntVar(&o.segments, "segments", 64, "of log that are replayed")
 	flag.IntVar(&o.rounds, "rounds", 3, "times that everything is measured")
-	flag.BoolVar(&o.thorough, "thorough", false, "by hand, too, every row is looked for in every index: pg_amcheck --heapallindexed")
+	flag.BoolVar(&o.thorough, "thorough", false, "every row is looked for in every index: restore-test --thorough, pg_amcheck --heapallindexed")
 	flag.Parse()
 	compare.Main("benchproof", func(ctx context.Context) error { return run(ctx, o) })
 }
@@ -179,7 +179,11 @@ func (b *bench) byHand(ctx context.Context, round int) (took time.Duration, err 
 // test makes a restore test.
 func (b *bench) test(ctx context.Context) (took time.Duration, err error) {
 	begun := time.Now()
-	out, err := b.Command(ctx, b.Dir, b.line+" restore-test --direct --json").Output()
+	line := b.line + " restore-test --direct --json"
+	if b.thorough {
+		line += " --thorough"
+	}
+	out, err := b.Command(ctx, b.Dir, line).Output()
 	took = time.Since(begun)
 	if err != nil {
 		return 0, fmt.Errorf("restore test: %w\n%s", err, out)
@@ -188,6 +192,8 @@ func (b *bench) test(ctx context.Context) (took time.Duration, err error) {
 		Report struct {
 			Segments int
 			Bytes    int64
+			Indexes  int
+			Compared int `json:"indexes_compared"`
 			Phases   []struct {
 				Name    string
 				Seconds float64
@@ -210,6 +216,7 @@ func (b *bench) test(ctx context.Context) (took time.Duration, err error) {
 			parts = append(parts, fmt.Sprintf("(%s %.1f)", c.Name, c.Seconds))
 		}
 	}
-	fmt.Printf("restore test %5.1f s: %s; %d segments, %d MB\n", took.Seconds(), strings.Join(parts, ", "), res.Report.Segments, res.Report.Bytes>>20)
+	fmt.Printf("restore test %5.1f s: %s; %d segments, %d MB, %d of %d indexes compared\n", took.Seconds(), strings.Join(parts, ", "), res.Report.Segments, res.Report.Bytes>>20,
+		res.Report.Compared, res.Report.Indexes)
 	return took, nil
 }

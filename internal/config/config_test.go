@@ -341,6 +341,7 @@ restore_test:
   policy: newest # default
   limit: 12h # default
   within: 168h # default
+  thorough: false # default
   jobs: 2 # default
 log:
   level: info # default

@@ -39,12 +39,13 @@ func (in *inspection) assert(ctx context.Context) {
 	in.tell("checking assertions")
 	begun := time.Now()
 	if err := in.makeReader(ctx); err != nil {
-		in.looked(CheckAssertions, "the role that reads", begun, err)
+		in.looked(CheckAssertions, "the role that reads", time.Since(begun), err)
 		return
 	}
 	for _, a := range in.Assertions {
 		begun := time.Now()
-		in.looked(CheckAssertions, a.Name, begun, in.try(ctx, a))
+		err := in.try(ctx, a)
+		in.looked(CheckAssertions, a.Name, time.Since(begun), err)
 	}
 }
 

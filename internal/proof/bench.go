@@ -122,7 +122,8 @@ func bootID() string {
 func (b *bench) test() Test {
 	s, e := b.notes.Subject, b.Expect
 	t := Test{Sandbox: b.Sandbox, Source: s.Source, System: e.System, AtLeast: e.AtLeast, Timeline: e.Timeline, Bytes: e.Bytes,
-		Rows: e.Rows, Halts: e.Halts, Unknown: e.Unknown, Jobs: b.tester.Jobs, Progress: func(doing string) { b.tell(doing, 0, 0) }}
+		Rows: e.Rows, Halts: e.Halts, Unknown: e.Unknown, Jobs: b.tester.Jobs,
+		Thorough: s.Thorough, Day: s.Started, Progress: func(doing string) { b.tell(doing, 0, 0) }}
 	for _, p := range b.Fetch {
 		t.Fetched += time.Duration(p.Seconds * float64(time.Second))
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"slices"
 	"strings"
 	"sync"
@@ -72,15 +73,16 @@ func (in *inspection) skip(name, why string) {
 	in.checks[name].Verdict, in.checks[name].Message = Skipped, why
 }
 
-// looked records that a thing was checked, and what is wrong with it.
-func (in *inspection) looked(name, what string, begun time.Time, errs ...error) {
+// looked records that a thing was checked, how long that took, and what is wrong
+// with it.
+func (in *inspection) looked(name, what string, took time.Duration, errs ...error) {
 	ask := troubleOf
 	if name == CheckAssertions {
 		ask = assertionTrouble
 	}
 	in.update(name, func(c *Check) {
 		c.Items++
-		c.Seconds += time.Since(begun).Seconds()
+		c.Seconds += took.Seconds()
 		bad := slices.DeleteFunc(slices.Clone(errs), func(err error) bool { return err == nil })
 		if len(bad) == 0 {
 			return
@@ -168,7 +170,8 @@ type relation struct {
 	Name   string
 	Index  bool
 	Toast  bool
-	Pages  int64
+	Heap   bool  // a table of PostgreSQL's own kind
+	Pages  int64 // when it was analyzed last
 	// Otherwise: an index by a collation that sorts otherwise here.
 	Otherwise bool
 	// Columns whose values can be damaged though the row is sound: those of any
@@ -185,7 +188,7 @@ func (in *inspection) database(ctx context.Context, db string) {
 	begun := time.Now()
 	conn, err := in.Sandbox.Connect(ctx, db)
 	if err != nil {
-		in.looked(CheckRead, "database "+db, begun, err)
+		in.looked(CheckRead, "database "+db, time.Since(begun), err)
 		return
 	}
 	defer conn.Close(context.WithoutCancel(ctx))
@@ -193,12 +196,12 @@ func (in *inspection) database(ctx context.Context, db string) {
 	amcheck, err := in.amcheck(ctx, conn)
 	if err != nil {
 		for _, check := range []string{CheckHeap, CheckBTree} {
-			in.looked(check, "amcheck in database "+db, begun, err)
+			in.looked(check, "amcheck in database "+db, time.Since(begun), err)
 		}
 	}
 	all, err := relations(ctx, conn, in.major)
 	if err != nil {
-		in.looked(CheckRead, "catalog of database "+db, begun, err)
+		in.looked(CheckRead, "catalog of database "+db, time.Since(begun), err)
 		return
 	}
 	in.mu.Lock()
@@ -211,23 +214,23 @@ func (in *inspection) database(ctx context.Context, db string) {
 	}
 	in.mu.Unlock()
 
-	work := make(chan relation)
+	work := make(chan part)
 	var group errgroup.Group
 	for range max(1, cmp.Or(in.Jobs, 2)) {
 		group.Go(func() error {
 			w := worker{inspection: in, db: db, amcheck: amcheck}
 			defer w.close(ctx)
-			for r := range work {
-				w.check(ctx, r)
+			for p := range work {
+				w.check(ctx, p)
 			}
 			return nil
 		})
 	}
-	for _, r := range all {
+	for _, p := range in.parts(db, all, amcheck != "") {
 		if ctx.Err() != nil {
 			break
 		}
-		work <- r
+		work <- p
 	}
 	close(work)
 	group.Wait()
@@ -259,7 +262,7 @@ func relations(ctx context.Context, conn *pgx.Conn, major int) ([]relation, erro
 		ofDatabase = "(l.oid = 'pg_catalog.default'::regcollation AND (SELECT datcollversion IS DISTINCT FROM pg_database_collation_actual_version(oid) AND datcollversion IS NOT NULL FROM pg_database WHERE datname = current_database()))"
 	}
 	rows, err := conn.Query(ctx, `
-		SELECT c.oid, n.nspname::text, c.relname::text, c.relkind = 'i', c.relkind = 't', c.relpages::bigint,
+		SELECT c.oid, n.nspname::text, c.relname::text, c.relkind = 'i', c.relkind = 't', a.amname = 'heap', c.relpages::bigint,
 		       c.relkind = 'i' AND EXISTS (SELECT FROM pg_index i CROSS JOIN LATERAL unnest(i.indcollation) u(oid) JOIN pg_collation l ON l.oid = u.oid
 		         WHERE i.indexrelid = c.oid AND (l.collversion IS NOT NULL AND l.collversion IS DISTINCT FROM pg_collation_actual_version(l.oid) OR `+ofDatabase+`)),
 		       coalesce((SELECT string_agg(quote_ident(t.attname), ', ' ORDER BY t.attnum)
@@ -291,27 +294,85 @@ func (w *worker) close(ctx context.Context) {
 	}
 }
 
-func (w *worker) check(ctx context.Context, r relation) {
-	w.tell("checking tables and indexes")
-	if w.conn == nil || w.conn.IsClosed() { // a damaged page may have killed the session, and all others
-		var err error
-		if w.conn, err = w.reconnect(ctx); err != nil {
-			w.looked(CheckRead, w.named(r), time.Now(), err)
-			return
+// A part is a check of a relation, or of some of its pages.
+type part struct {
+	relation
+	check string
+	from  int64 // page
+	to    int64 // the page behind the last; 0: to the end
+	whole *whole
+}
+
+// A whole is what the parts of one check of one relation find.
+type whole struct {
+	mu   sync.Mutex
+	left int // parts
+	took time.Duration
+	rows int64
+	errs []error
+}
+
+// partPages is how much of a large table is read by one session at once, in pages:
+// the largest table is not to keep one session busy when all others are done.
+const partPages = 16 << 10
+
+// parts are all there is to do in a database, what takes longest first.
+func (in *inspection) parts(db string, all []relation, amcheck bool) (parts []part) {
+	for _, r := range all {
+		whole := &whole{left: 1}
+		switch {
+		case r.Index && amcheck && in.wants(CheckBTree):
+			parts = append(parts, part{relation: r, check: CheckBTree, whole: whole})
+		case !r.Index && !r.Toast && (in.wants(CheckRead) || in.Rows[db] != nil):
+			next := part{relation: r, check: CheckRead, whole: whole}
+			for r.Heap && in.major >= 14 && next.from+2*partPages <= r.Pages { // 13 would read all for each
+				next.to = next.from + partPages
+				parts = append(parts, next)
+				next.from, next.to = next.to, 0
+				whole.left++
+			}
+			parts = append(parts, next)
 		}
 	}
-	if r.Index {
-		begun := time.Now()
-		if w.amcheck != "" && w.wants(CheckBTree) {
-			w.looked(CheckBTree, w.named(r), begun, w.btree(ctx, r))
+	for _, r := range all {
+		if !r.Index && amcheck && in.major >= 14 && in.wants(CheckHeap) {
+			parts = append(parts, part{relation: r, check: CheckHeap, whole: &whole{left: 1}})
 		}
+	}
+	return parts
+}
+
+func (w *worker) check(ctx context.Context, p part) {
+	w.tell("checking tables and indexes")
+	begun := time.Now()
+	var rows int64
+	errs := make([]error, 1)
+	if w.conn == nil || w.conn.IsClosed() { // a damaged page may have killed the session, and all others
+		w.conn, errs[0] = w.reconnect(ctx)
+	}
+	if errs[0] == nil {
+		switch p.check {
+		case CheckBTree:
+			errs[0] = w.btree(ctx, p.relation)
+		case CheckHeap:
+			errs = w.heap(ctx, p.relation)
+		case CheckRead:
+			rows, errs[0] = w.read(ctx, p)
+		}
+	}
+	whole := p.whole
+	whole.mu.Lock()
+	defer whole.mu.Unlock()
+	whole.left--
+	whole.took += time.Since(begun)
+	whole.rows += rows
+	whole.errs = append(whole.errs, errs...)
+	if whole.left > 0 {
 		return
 	}
-	if begun := time.Now(); !r.Toast && (w.wants(CheckRead) || w.Rows[w.db] != nil) {
-		w.looked(CheckRead, w.named(r), begun, w.read(ctx, r))
-	}
-	if begun := time.Now(); w.amcheck != "" && w.major >= 14 && w.wants(CheckHeap) {
-		w.looked(CheckHeap, w.named(r), begun, w.heap(ctx, r)...)
+	w.looked(p.check, w.named(p.relation), whole.took, whole.errs...)
+	if p.check == CheckRead && errors.Join(whole.errs...) == nil {
+		w.counted(p.relation, whole.rows)
 	}
 }
 
@@ -335,13 +396,36 @@ func (w *worker) reconnect(ctx context.Context) (conn *pgx.Conn, err error) {
 
 func (w *worker) function(name string) string { return pgx.Identifier{w.amcheck, name}.Sanitize() }
 
-// btree checks an index in itself, and that every row of the table is in it.
+// btree checks an index in itself, and that every row of the table is in it, if it
+// is its turn.
 func (w *worker) btree(ctx context.Context, r relation) error {
-	_, err := w.conn.Exec(ctx, "SELECT "+w.function("bt_index_check")+"($1::oid::regclass, true)", r.OID)
+	compare := w.Thorough || inTurn(r, w.db, w.Day)
+	_, err := w.conn.Exec(ctx, "SELECT "+w.function("bt_index_check")+"($1::oid::regclass, $2)", r.OID, compare)
 	if err != nil && r.Otherwise {
 		return otherwise{err}
 	}
+	if compare {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.report.Compared++
+	}
 	return err
+}
+
+const (
+	smallIndex = 2 << 10 // pages: compared each time
+	turns      = 7       // among which the others are divided
+)
+
+// inTurn reports whether an index is compared with its table on a day. That takes
+// ten times as long as the index alone, and may take longer than all the rest of a
+// restore test. A large one has its turn on one day in seven.
+func inTurn(r relation, db string, day time.Time) bool {
+	h := fnv.New32a()
+	fmt.Fprint(h, db, "/", r) // never fails
+	// Whatever the days between tests, all have their turn within 17 of them.
+	n := day.Unix() / (24 * 60 * 60) * 18 % 59 * turns / 59
+	return r.Pages <= smallIndex || int64(h.Sum32()%turns) == n
 }
 
 // heap checks a table page by page, row by row.
@@ -372,29 +456,36 @@ func show(n *int64) string {
 	return fmt.Sprint(*n)
 }
 
-// read has the server put together every row, with its long values, and counts them.
+// read has the server put together rows, with their long values, and counts them.
 // It throws them away itself: nobody has to carry them. As text it would take
 // twice as long; but some types have no other form.
-func (w *worker) read(ctx context.Context, r relation) error {
-	rows := "COPY (SELECT " + r.Columns + " FROM ONLY " + r.quoted() + ") TO '/dev/null'"
+func (w *worker) read(ctx context.Context, p part) (int64, error) {
+	where := ""
+	if p.from > 0 || p.to > 0 {
+		where = fmt.Sprintf(" WHERE ctid >= '(%d,0)'", p.from)
+	}
+	if p.to > 0 {
+		where += fmt.Sprintf(" AND ctid < '(%d,0)'", p.to)
+	}
+	rows := "COPY (SELECT " + p.Columns + " FROM ONLY " + p.quoted() + where + ") TO '/dev/null'"
 	tag, err := w.conn.Exec(ctx, rows+" (FORMAT binary)")
 	if pgErr, ok := errors.AsType[*pgconn.PgError](err); ok && pgErr.Code == "42883" { // undefined_function
 		tag, err = w.conn.Exec(ctx, rows)
 	}
-	if err != nil {
-		return err
-	}
+	return tag.RowsAffected(), err
+}
+
+func (w *worker) counted(r relation, rows int64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.report.Rows += tag.RowsAffected()
+	w.report.Rows += rows
 	if w.counts == nil {
 		w.counts = make(map[string]map[string]int64)
 	}
 	if w.counts[w.db] == nil {
 		w.counts[w.db] = make(map[string]int64)
 	}
-	w.counts[w.db][r.String()] = tag.RowsAffected()
-	return nil
+	w.counts[w.db][r.String()] = rows
 }
 
 // compareRows compares what was read with what was counted at the source.
@@ -441,7 +532,7 @@ func (in *inspection) collations(ctx context.Context, conn *pgx.Conn, db string)
 	}
 	rows, err := conn.Query(ctx, query)
 	if err != nil {
-		in.looked(CheckCollations, "database "+db, begun, err)
+		in.looked(CheckCollations, "database "+db, time.Since(begun), err)
 		return
 	}
 	var errs []error
@@ -450,5 +541,5 @@ func (in *inspection) collations(ctx context.Context, conn *pgx.Conn, db string)
 		errs = append(errs, otherwise{fmt.Errorf("%s: version %s at the source, %s here", what, had, has)})
 		return nil
 	})
-	in.looked(CheckCollations, "database "+db, begun, append(errs, err)...)
+	in.looked(CheckCollations, "database "+db, time.Since(begun), append(errs, err)...)
 }

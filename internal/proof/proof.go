@@ -50,6 +50,10 @@ type Test struct {
 
 	Skip []string // names of checks not to be made
 	Jobs int      // tables and indexes checked at a time; 0: 2
+	// Thorough compares every index with its table. Otherwise the large ones take
+	// turns, from day to day: see inTurn.
+	Thorough bool
+	Day      time.Time // whose turn it is
 	// Limit is how long all of it may take. 0: as long as ctx.
 	Limit    time.Duration
 	Progress func(doing string) // may be nil, and called from several goroutines
@@ -67,7 +71,7 @@ const (
 	CheckOpen        = "open"        // it takes connections
 	CheckCollations  = "collations"  // sort order here is that of the source
 	CheckHeap        = "heap"        // amcheck of tables
-	CheckBTree       = "btree"       // amcheck of indexes, against their tables
+	CheckBTree       = "btree"       // amcheck of indexes, and of some against their tables
 	CheckRead        = "read"        // every row can be read
 	CheckRows        = "rows"        // as many as were counted
 	CheckAssertions  = "assertions"  // of the user

@@ -52,7 +52,7 @@ func TestGreen(t *testing.T) {
 			}
 		}
 		if rep.Reached.LSN < r.end || rep.Reached.Timeline != 1 || rep.Reached.LastCommit.IsZero() || rep.Lag == nil || rep.Segments == 0 || rep.RTO <= 0 ||
-			rep.Version.Major() < 13 || rep.System != r.system || rep.Rows < 14600 || rep.Tables == 0 || rep.Indexes == 0 || rep.Bytes == 0 {
+			rep.Version.Major() < 13 || rep.System != r.system || rep.Rows < 15600 || rep.Tables == 0 || rep.Indexes == 0 || rep.Compared != rep.Indexes || rep.Bytes == 0 {
 			t.Errorf("report: %+v", rep)
 		}
 		if err := s.Remove(); err != nil {

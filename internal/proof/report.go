@@ -117,6 +117,7 @@ type Report struct {
 	Databases int   `json:"databases"`
 	Tables    int   `json:"tables"`
 	Indexes   int   `json:"indexes"`
+	Compared  int   `json:"indexes_compared"` // of them, those in which every row of the table was looked for
 	Rows      int64 `json:"rows"`
 	Bytes     int64 `json:"bytes"` // of the databases
 

@@ -76,7 +76,8 @@ func newRig(t *testing.T) *rig {
 		`SELECT count(*) FROM parts`, // who reads first notes in the page who has committed: after the backup, replay would mend it by that
 		`CREATE TABLE twin_a AS SELECT i FROM generate_series(1, 500) i`,
 		`CREATE TABLE twin_b AS SELECT i + 5 AS i FROM generate_series(1, 500) i`,
-		`CREATE INDEX ON twin_a (i)`, `CREATE INDEX ON twin_b (i)`)
+		`CREATE INDEX ON twin_a (i)`, `CREATE INDEX ON twin_b (i)`,
+		`CREATE TABLE paged (i int)`, `INSERT INTO paged SELECT generate_series(1, 1000)`, `UPDATE pg_class SET relpages = 100000 WHERE relname = 'paged'`)
 	r.exec(t, "postgres", "SET allow_in_place_tablespaces = on", "CREATE TABLESPACE inside LOCATION ''", "CREATE TABLE within (i int) TABLESPACE inside", "INSERT INTO within VALUES (1)")
 	r.exec(t, "shop",
 		"CREATE TABLE items (id bigint PRIMARY KEY, price numeric) TABLESPACE fast",

@@ -38,6 +38,7 @@ type Tester struct {
 	Policy     Policy                           // of requests without one; "": Newest
 	Limit      time.Duration                    // for all of a test; 0: none
 	Jobs       int                              // as Test.Jobs
+	Thorough   bool                             // as Test.Thorough, of all requests
 	Assertions func(cluster string) []Assertion // nil: none
 	Log        *slog.Logger                     // of pg_restore; nil: nothing is logged
 }
@@ -49,6 +50,8 @@ type Request struct {
 	Policy  Policy  `json:"policy,omitempty"` // "": the Tester's
 	// Target of a physical backup. Nil: by policy, and else the end of the archive.
 	Target *restore.Target `json:"target,omitempty"`
+	// Thorough as Test.Thorough.
+	Thorough bool `json:"thorough,omitempty"`
 }
 
 // A Subject is what a test is of. It is fixed before the test begins, and stands
@@ -65,6 +68,8 @@ type Subject struct {
 	Bytes   int64          `json:"bytes"`             // of the backup's files
 	Stored  int64          `json:"stored"`
 	Limit   time.Duration  `json:"limit,omitempty"` // nanoseconds; 0: none
+	// Thorough as Test.Thorough.
+	Thorough bool `json:"thorough,omitempty"`
 }
 
 // Progress tells how far a step is: bytes, if there are any to count. It may be
@@ -74,7 +79,7 @@ type Progress func(doing string, done, total int64)
 // Plan chooses what to test and makes the sandbox. Sandboxes of the same
 // workflow's other runs are removed. name is the test's.
 func (t *Tester) Plan(ctx context.Context, q Request, name repo.ID, started time.Time, by backup.Owner) (Subject, error) {
-	s := Subject{Test: name, Started: started, Owner: by, Limit: t.Limit}
+	s := Subject{Test: name, Started: started, Owner: by, Limit: t.Limit, Thorough: q.Thorough || t.Thorough}
 	if by == (backup.Owner{}) {
 		s.Process = os.Getpid()
 	}
