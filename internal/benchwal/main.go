@@ -359,12 +359,13 @@ func (a *arm) empty(ctx context.Context, site *compare.Site, pgdata string, segm
 }
 
 const (
-	aged    = 5 * time.Second        // the files of a queue, at least
-	looking = 100 * time.Millisecond // more often, looking takes a tenth of the processors
+	aged    = 5 * time.Second       // the files of a queue, at least
+	looking = 50 * time.Millisecond // between looks, which take processors too
 )
 
 // watch returns the most memory that the processes of a program had together.
 func watch(ctx context.Context, program string) (peak int64) {
+	others := make(map[string]bool)
 	tick := time.NewTicker(looking)
 	defer tick.Stop()
 	for {
@@ -372,21 +373,34 @@ func watch(ctx context.Context, program string) (peak int64) {
 		case <-ctx.Done():
 			return peak
 		case <-tick.C:
-			peak = max(peak, resident(program))
+			peak = max(peak, resident(program, others))
 		}
 	}
 }
 
-// resident is what the processes hold now: of what they share, once.
-func resident(program string) int64 {
+// resident is what the processes of a program hold now: of what they share, once.
+// others are those known to be of another.
+func resident(program string, others map[string]bool) int64 {
 	var own, shared int64 // pages
-	found, _ := filepath.Glob("/proc/[0-9]*/comm")
-	for _, path := range found {
-		comm, err := os.ReadFile(path)
-		if err != nil || strings.TrimSpace(string(comm)) != program {
-			continue // or it has ended
+	dir, err := os.Open("/proc")
+	if err != nil {
+		return 0
+	}
+	defer dir.Close()
+	names, _ := dir.Readdirnames(-1) // one call for each of them would be too dear
+	for _, pid := range names {
+		if pid[0] < '0' || pid[0] > '9' || others[pid] {
+			continue
 		}
-		statm, err := os.ReadFile(filepath.Join(filepath.Dir(path), "statm"))
+		comm, err := os.ReadFile(filepath.Join("/proc", pid, "comm"))
+		if err != nil {
+			continue // it has ended
+		}
+		if name := strings.TrimSpace(string(comm)); name != program {
+			others[pid] = name != "sh" && name != "benchwal" // which become the program
+			continue
+		}
+		statm, err := os.ReadFile(filepath.Join("/proc", pid, "statm"))
 		if fields := strings.Fields(string(statm)); err == nil && len(fields) > 2 {
 			all, _ := strconv.ParseInt(fields[1], 10, 64)
 			files, _ := strconv.ParseInt(fields[2], 10, 64)
