@@ -148,7 +148,7 @@ func (e *env) askTemporal(ctx context.Context, cfg *config.Config) (map[config.N
 	}
 	all := make(map[config.Name]health.Work)
 	for name, c := range cfg.Clusters {
-		w := health.Work{Cluster: string(name), Have: schedules[string(name)], Wanted: scheduled(cfg, string(name)), Host: string(cmp.Or(c.Host, cfg.Host))}
+		w := health.Work{Cluster: string(name), Have: schedules[string(name)], Wanted: scheduled(cfg, string(name)), Host: string(cmp.Or(c.Host, cfg.Host)), Keeps: !c.Retention.IsZero()}
 		queue, err := s.DescribeTaskQueue(ctx, workflows.HostQueue(w.Host), enumspb.TASK_QUEUE_TYPE_ACTIVITY)
 		if err != nil {
 			return nil, fmt.Errorf("ask who serves host %s: %w", w.Host, err)

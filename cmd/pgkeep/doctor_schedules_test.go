@@ -104,6 +104,15 @@ func TestDoctorOfSchedules(t *testing.T) {
 			}
 		})
 	})
+	keeps := strings.ReplaceAll(base, "host: db1}", "host: db1, retention: {window: 14d}}")
+	w.write("pgkeep.yaml", keeps+`schedules: [{cluster: main, cron: "@daily"}]`)
+	w.sick("never-expires", health.Warning, func(fix string) {
+		entry, rest, _ := strings.Cut(strings.TrimPrefix(fix, "write "), " into schedules of the configuration, then: ")
+		w.write("pgkeep.yaml", keeps+`schedules: [{cluster: main, cron: "@daily"}, `+entry+`]`)
+		w.obey(rest)
+	})
+	set(`schedules: [{cluster: main, cron: "@daily"}]`)
+	w.ok("schedule", "delete", "main/expire")
 	w.ok("schedule", "pause", "--note", "storage moves", "main/logical")
 	w.sick("schedule-paused", health.Warning, w.obey)
 	w.ok("schedule", "delete", "main/logical")

@@ -2,11 +2,15 @@ package health
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/human"
 )
+
+// expiry is the kind of a schedule that removes what retention does not keep.
+const expiry = "expire"
 
 // A Schedule is what Temporal starts by itself for a cluster.
 type Schedule struct {
@@ -32,6 +36,7 @@ type Work struct {
 	Wanted  []string // kinds of those that must be there
 	Host    string   // whose worker does it
 	Served  bool     // there is such a worker
+	Keeps   bool     // there is a retention: what it does not keep is to go
 }
 
 // Findings are what is wrong with the work.
@@ -64,6 +69,10 @@ func (w Work) Findings(now time.Time) []Finding {
 			f.add("schedule-failing", Warning, "the Temporal Web UI shows why, and so does the worker's log (journalctl -u pgkeep-worker); when that is mended: pgkeep schedule trigger "+name,
 				"the last run of schedule %s failed %s ago: workflow %s", name, human.Span(now.Sub(s.Failed)), s.Run)
 		}
+	}
+	if w.Keeps && !found[expiry] && !slices.Contains(w.Wanted, expiry) {
+		f.add("never-expires", Warning, fmt.Sprintf(`write {cluster: %s, kind: %s, cron: "@daily"} into schedules of the configuration, then: pgkeep schedule apply`, w.Cluster, expiry),
+			"the cluster has a retention, and no schedule that lets go of what it does not keep: the store fills, unless somebody runs pgkeep expire --apply")
 	}
 	for _, kind := range w.Wanted {
 		if !found[kind] {

@@ -172,6 +172,8 @@ func TestScheduleFindings(t *testing.T) {
 	paused, running, ended, failed := good, good, good, good
 	failed.Failed, failed.Run = now.Add(-time.Hour), "pgkeep/main/physical/scheduled-1"
 	paused.Paused, paused.Next, paused.Note = true, time.Time{}, "storage moves"
+	expire := good
+	expire.Kind = "expire"
 	running.Running = true
 	ended.Next = time.Time{}
 	for what, c := range map[string]struct {
@@ -180,18 +182,23 @@ func TestScheduleFindings(t *testing.T) {
 		served bool
 		at     time.Time
 		want   string
+		keeps  bool
 	}{
-		"nothing":                        {nil, nil, false, now, "unscheduled"},
-		"not applied":                    {[]health.Schedule{good}, []string{"physical", "logical"}, true, now, "schedule-missing"},
-		"as it should be":                {[]health.Schedule{good}, []string{"physical"}, true, now, ""},
-		"nobody works":                   {[]health.Schedule{good}, []string{"physical"}, false, now, "no-worker"},
-		"paused":                         {[]health.Schedule{paused}, []string{"physical"}, true, now, "schedule-paused"},
-		"running":                        {[]health.Schedule{running}, nil, true, now, ""},
-		"running into the next start":    {[]health.Schedule{running}, nil, true, now.Add(day), "schedule-skipping"},
-		"the last run failed":            {[]health.Schedule{failed}, nil, true, now, "schedule-failing"},
-		"one that never starts anything": {[]health.Schedule{ended}, nil, true, now, "schedule-ended"},
+		"nothing":                        {nil, nil, false, now, "unscheduled", false},
+		"not applied":                    {[]health.Schedule{good}, []string{"physical", "logical"}, true, now, "schedule-missing", false},
+		"as it should be":                {[]health.Schedule{good}, []string{"physical"}, true, now, "", false},
+		"nobody works":                   {[]health.Schedule{good}, []string{"physical"}, false, now, "no-worker", false},
+		"paused":                         {[]health.Schedule{paused}, []string{"physical"}, true, now, "schedule-paused", false},
+		"running":                        {[]health.Schedule{running}, nil, true, now, "", false},
+		"running into the next start":    {[]health.Schedule{running}, nil, true, now.Add(day), "schedule-skipping", false},
+		"the last run failed":            {[]health.Schedule{failed}, nil, true, now, "schedule-failing", false},
+		"one that never starts anything": {[]health.Schedule{ended}, nil, true, now, "schedule-ended", false},
+		"nothing expires":                {[]health.Schedule{good}, nil, true, now, "never-expires", true},
+		"nothing at all":                 {nil, nil, false, now, "unscheduled, never-expires", true},
+		"it expires":                     {[]health.Schedule{good, expire}, nil, true, now, "", true},
+		"it is to expire, not applied":   {[]health.Schedule{good}, []string{"expire"}, true, now, "schedule-missing", true},
 	} {
-		found := health.Work{Cluster: "main", Have: c.have, Wanted: c.wanted, Host: "db1", Served: c.served}.Findings(c.at)
+		found := health.Work{Cluster: "main", Have: c.have, Wanted: c.wanted, Host: "db1", Served: c.served, Keeps: c.keeps}.Findings(c.at)
 		if got := strings.Join(names(found), ", "); got != c.want {
 			t.Errorf("%s: found %q, want %q", what, got, c.want)
 		}
