@@ -107,13 +107,25 @@ var nameForm = regexp.MustCompile(`^[A-Za-z0-9._-]{1,100}$`)
 
 // Make makes a sandbox, or takes over the one of that name that another attempt
 // left: what still runs there is ended first, and its files stay. It fails with
-// fail.AlreadyRunning when that attempt lives, and stays for half a minute.
+// fail.AlreadyRunning when that attempt lives, and stays for half a minute, and
+// with fail.BadConfig where we may make none.
 func Make(ctx context.Context, opt Options) (*Sandbox, error) {
 	s, err := create(ctx, opt)
 	if err != nil {
-		return nil, fmt.Errorf("make sandbox: %w", err)
+		return nil, fmt.Errorf("make sandbox: %w", unfit(opt.Parent, err))
 	}
 	return s, nil
+}
+
+// unfit gives its kind to the error of a directory that we may not use, or that is
+// none: no other try makes it ours.
+func unfit(parent string, err error) error {
+	no := func(target error) bool { return errors.Is(err, target) }
+	if fail.KindOf(err) != fail.Unknown || !slices.ContainsFunc([]error{fs.ErrPermission, fs.ErrExist, syscall.EROFS, syscall.ENOTDIR}, no) {
+		return err
+	}
+	return fail.Hint(fail.With(fail.BadConfig, err), "restore_test.directory must be a directory that is there for the user of pgkeep, and holds nothing of another's: install -d -m 0711 -o USER "+parent+
+		", and ReadWritePaths="+parent+" where systemd starts the worker; or name another one in the configuration")
 }
 
 func create(ctx context.Context, opt Options) (*Sandbox, error) {
@@ -355,7 +367,7 @@ func Collect(ctx context.Context, parent string, keep func(name string, note []b
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("collect sandboxes: %w", err)
+		return nil, fmt.Errorf("collect sandboxes: %w", unfit(parent, err))
 	}
 	var failed error
 	for _, e := range entries {
@@ -365,7 +377,7 @@ func Collect(ctx context.Context, parent string, keep func(name string, note []b
 		}
 		gone, err := collect(ctx, filepath.Join(parent, e.Name()), func(note []byte) bool { return keep != nil && keep(name, note) })
 		if err != nil {
-			failed = errors.Join(failed, fmt.Errorf("collect sandbox %s: %w", name, err))
+			failed = errors.Join(failed, fmt.Errorf("collect sandbox %s: %w", name, unfit(parent, err)))
 		} else if gone {
 			removed = append(removed, name)
 		}

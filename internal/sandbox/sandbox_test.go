@@ -43,6 +43,14 @@ func TestMain(m *testing.M) {
 // killed.
 func runner(parent, state string) error {
 	ctx := context.Background()
+	if state == "place" {
+		place := filepath.Join(parent, "place")
+		_, cerr := sandbox.Collect(ctx, place, nil)
+		_, err := sandbox.Make(ctx, sandbox.Options{Parent: place, Name: "x"})
+		fmt.Printf("Collect: %v, %s; Make: %v, %s, hint: %s\n", cerr, fail.KindOf(cerr), err, fail.KindOf(err), fail.HintOf(err))
+		_, err = io.Copy(io.Discard, os.Stdin)
+		return err
+	}
 	bare := strings.HasPrefix(state, "bare ")
 	s, err := sandbox.Make(ctx, sandbox.Options{Parent: parent, Name: "killed", BestEffort: bare})
 	if err != nil {
@@ -586,6 +594,61 @@ func TestMakeRefuses(t *testing.T) {
 		t.Errorf("Make of one in use = %v", err)
 	}
 	used.Release()
+}
+
+// A host whose restore_test.directory was not the worker's had its restore tests
+// tried for an hour, as what nobody knows is: no try makes it another's.
+func TestADirectoryThatIsNotOursIsToldOf(t *testing.T) {
+	root := os.Getuid() == 0
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, tt := range map[string]struct {
+		make    func(place string)
+		collect bool     // it cannot be looked into either
+		as      string   // who runs it, of root's
+		by      []string // how
+	}{
+		"a file in its place": {make: func(place string) { must(os.WriteFile(place, nil, 0o600)) }, collect: true},
+		"a file above":        {make: func(place string) { must(os.Symlink("runner/x", place)) }, collect: true},
+		"a link to nowhere":   {make: func(place string) { must(os.Symlink("nowhere", place)) }},
+		"not to be written":   {make: func(place string) { must(os.Mkdir(place, 0o555)) }, as: "postgres"},
+		"not to be read":      {make: func(place string) { must(os.Mkdir(place, 0o100)) }, collect: true, as: "postgres"},
+		"another's sandbox": {make: func(place string) {
+			must(os.MkdirAll(filepath.Join(place, "pgkeep-sandbox-x"), 0o700))
+			must(os.Chmod(place, 0o777))
+			must(os.Chmod(filepath.Join(place, "pgkeep-sandbox-x"), 0))
+		}, collect: true, as: "postgres"},
+		"a file system that is read-only": {make: func(place string) { must(os.Mkdir(place, 0o700)) },
+			by: []string{"unshare", "--mount", "sh", "-c", `set -e; place=$(dirname "$1")/place; mount --bind "$place" "$place"; mount -o remount,bind,ro "$place"; exec "$@"`, "sh"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if !root && tt.by != nil {
+				return // there, nobody may mount
+			}
+			parent := scratch(t)
+			tt.make(filepath.Join(parent, "place"))
+			var as *syscall.Credential
+			if root && tt.as != "" {
+				u, err := user.Lookup(tt.as)
+				must(err)
+				uid, err := strconv.Atoi(u.Uid)
+				must(err)
+				as = &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}
+			}
+			said := kill(t, parent, "place", as, tt.by...)
+			collect, made, _ := strings.Cut(said, "; Make: ")
+			if strings.HasSuffix(collect, ", bad-config") != tt.collect {
+				t.Errorf("it was seen: %v, want %v: %s", !tt.collect, tt.collect, collect)
+			}
+			if !strings.Contains(made, ", bad-config, hint: ") || !strings.Contains(made, "restore_test.directory") {
+				t.Errorf("Make: %s", made)
+			}
+		})
+	}
 }
 
 func TestParseReplay(t *testing.T) {
