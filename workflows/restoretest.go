@@ -66,7 +66,11 @@ func RestoreTest(ctx workflow.Context, req RestoreTestRequest) (res RestoreTestR
 	}
 	res.Subject = plan.Subject
 	b.id = " `" + string(res.Subject.ID) + "`"
-	b.upsert(ctx, PgkeepBackupID.ValueSet(string(res.Subject.ID)))
+	which := []temporal.SearchAttributeUpdate{PgkeepBackupID.ValueSet(string(res.Subject.ID))}
+	if workflow.GetVersion(ctx, "bytes of what is tested", workflow.DefaultVersion, 1) > workflow.DefaultVersion {
+		which = append(which, PgkeepBytes.ValueSet(res.Subject.Bytes))
+	}
+	b.upsert(ctx, which...)
 	b.row("Backup", fmt.Sprintf("%s of %s, %s", res.Subject.Kind, res.Subject.ID.Time().Format(time.DateTime), size(res.Subject.Bytes)))
 	b.row("To", res.Subject.Target.String())
 

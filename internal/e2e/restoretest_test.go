@@ -114,6 +114,13 @@ func TestABackupIsProven(t *testing.T) {
 	if said := r.must("show", "latest"); !strings.Contains(said, "of 3 tables in database app") || !strings.Contains(said, "postgres.public.lost: there is no such table") {
 		t.Errorf("show says\n%s", said)
 	}
+	about, err := r.client.DescribeWorkflow(t.Context(), run.GetID(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, ok := about.TypedSearchAttributes.GetInt64(workflows.PgkeepBytes); !ok || n != res.Subject.Bytes || n == 0 {
+		t.Errorf("PgkeepBytes = %d, %v, want %d", n, ok, res.Subject.Bytes)
+	}
 	r.record(run, "restore-test")
 	r.clean(run, dir, "small")
 
