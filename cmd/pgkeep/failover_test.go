@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"os/user"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -193,7 +194,10 @@ func TestFailoverHoleIsFilled(t *testing.T) {
 	p.later()
 	before := p.windows()
 	p.fails(23, []string{"1 HOLE", "5 WAL files are missing", "wal-hole", "hint: ", "--fill"}, "wal", "audit", "--cluster", "main")
-	list := p.ok("wal", "list", "--cluster", "main")
+	list := p.shown("wal", "list", "--cluster", "main")
+	p.shown("windows", "--cluster", "main")
+	p.shown("doctor", "--cluster", "main", "| head -6")
+	p.shown("check", "--nagios", "--cluster", "main")
 	for _, want := range []string{"HOLE ", "00000002.history", "partial ", "timeline 1 left"} {
 		if !strings.Contains(list, want) {
 			t.Errorf("wal list does not say %q:\n%s", want, list)
@@ -203,10 +207,11 @@ func TestFailoverHoleIsFilled(t *testing.T) {
 	if page := p.ok("report", "--cluster", "main"); !strings.Contains(page, `<rect class="hole"`) {
 		t.Error("the report shows no hole")
 	}
-	out := p.ok("wal", "audit", "--fill", "--cluster", "main")
+	out := p.shown("wal", "audit", "--fill", "--cluster", "main")
 	if n := strings.Count(out, "filled 00000001"); n != 5 || !strings.Contains(out, "no hole") {
 		t.Errorf("filled %d of 5:\n%s", n, out)
 	}
+	p.shown("windows", "--cluster", "main")
 	p.ok("wal", "audit", "--cluster", "main")
 	p.fails(0, []string{"warning   never-tested"}, "check", "--cluster", "main")
 	if page := p.ok("report", "--cluster", "main"); !strings.Contains(page, `<rect class="reach"`) || strings.Contains(page, `<rect class="hole"`) {
@@ -220,6 +225,36 @@ func TestFailoverHoleIsFilled(t *testing.T) {
 	if got := p.query(restored, "SELECT count(*)::text FROM t"); got != strconv.Itoa(p.rows) {
 		t.Errorf("%s rows were restored along timeline 2, want %d", got, p.rows)
 	}
+}
+
+var (
+	numbers = regexp.MustCompile(`[0-9A-Fa-f]*[0-9][0-9A-Fa-f]*`)
+	blanks  = regexp.MustCompile(` +`)
+)
+
+// shown runs a command, and wants the README to show what it says, but for
+// numbers, which differ from run to run. The last argument may cut lines.
+func (p *pair) shown(args ...string) string {
+	p.t.Helper()
+	command := "pgkeep " + strings.Join(args, " ")
+	pipe, lines := args[len(args)-1], 0
+	if _, err := fmt.Sscanf(pipe, "| head -%d", &lines); err == nil {
+		args = args[:len(args)-1]
+	}
+	_, out, said := p.pgkeep(args...)
+	said = out + said
+	if lines > 0 {
+		said = strings.Join(strings.SplitAfter(out, "\n")[:lines], "")
+	}
+	page, err := os.ReadFile("../../README.md")
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	form := func(text string) string { return blanks.ReplaceAllString(numbers.ReplaceAllString(text, "#"), " ") }
+	if !strings.Contains(form(string(page)), form("$ "+command+"\n"+said)) {
+		p.t.Errorf("the README does not show\n$ %s\n%s", command, said)
+	}
+	return out
 }
 
 type window struct {
