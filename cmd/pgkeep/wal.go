@@ -92,6 +92,7 @@ type archiveShown struct {
 	Timelines   []timelineShown `json:"timelines"`
 	Holes       []audit.Hole    `json:"holes"`
 	Odd         []audit.Odd     `json:"odd"`
+	OddMore     int             `json:"odd_more,omitempty"` // beside those
 }
 
 type timelineShown struct {
@@ -114,7 +115,7 @@ type rangeShown struct {
 func showArchive(rep audit.Report) archiveShown {
 	at, _, _ := rep.Newest()
 	s := archiveShown{Archive: rep.Archive, SegmentSize: rep.SegmentSize, Newest: jsonTime(at),
-		Timelines: []timelineShown{}, Holes: append([]audit.Hole{}, rep.Holes...), Odd: append([]audit.Odd{}, rep.Odd...)}
+		Timelines: []timelineShown{}, Holes: append([]audit.Hole{}, rep.Holes...), Odd: append([]audit.Odd{}, rep.Odd...), OddMore: rep.OddMore}
 	for _, t := range rep.Timelines {
 		one := timelineShown{ID: t.ID, Ranges: []rangeShown{}, Partials: append([]pg.LSN{}, t.Partials...), Forks: t.Forks, Notes: t.Notes}
 		for _, r := range t.Ranges {
@@ -157,6 +158,9 @@ func (e *env) printArchives(cluster string, all []audit.Report, asJSON bool, now
 func (e *env) sayOdd(rep audit.Report) {
 	for _, o := range rep.Odd {
 		e.say("%s is no file of the archive: %s", o.Key, o.Why)
+	}
+	if rep.OddMore > 0 {
+		e.say("and %d more are none", rep.OddMore)
 	}
 }
 

@@ -16,6 +16,7 @@ type Report struct {
 	Ledger
 	Holes   []Hole   `json:"holes"`
 	Odd     []Odd    `json:"odd,omitempty"`
+	OddMore int      `json:"odd_more,omitempty"` // how many there are beside those
 	Windows []Window `json:"-"`
 	Stuck   []Base   `json:"stuck,omitempty"` // bases that lead nowhere
 }
@@ -41,10 +42,11 @@ func Take(ctx context.Context, r *repo.Repo, cluster string, known []Report, now
 				before = rep.Ledger
 			}
 		}
-		rep := Report{}
-		if rep.Ledger, rep.Odd, _, err = Survey(ctx, r, a, before); err != nil { // what is bad is odd
+		ledger, odd, err := Survey(ctx, r, a, before) // what is damaged is odd
+		if err != nil {
 			return nil, err
 		}
+		rep := Report{Ledger: ledger, Odd: odd.Told, OddMore: odd.Count - len(odd.Told)}
 		bases, whole := basesOf(a, backups)
 		rep.Windows, rep.Stuck = rep.Ledger.Windows(bases)
 		if !whole { // what cannot be read may need any segment

@@ -20,8 +20,22 @@ type Odd struct {
 	Why string `json:"why"`
 }
 
+// Oddities are the odd objects of an archive.
+type Oddities struct {
+	Told  []Odd // the first of them, at most a hundred
+	Count int   // of all
+	Bad   error // of the first that is damaged; nil: none is
+}
+
 // maxOdd is how many odd objects a survey tells of.
 const maxOdd = 100
+
+func (o *Oddities) add(key, why string) {
+	o.Count++
+	if len(o.Told) < maxOdd {
+		o.Told = append(o.Told, Odd{key, why})
+	}
+}
 
 // leap is how many segments that are known already are worth another request:
 // a request lists a thousand objects anyway.
@@ -31,20 +45,24 @@ const leap = 1000
 // survey, are taken as they were: to list an archive of years costs little, and
 // a segment that was lost in the middle of such a range is not noticed. The
 // zero ledger lists everything. It reads the histories that are not known, and of
-// the segments the first. One that is damaged is odd, and the survey goes on; bad is the
-// error of the first of them. Nothing may be let go on such a ledger.
-func Survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (l Ledger, odd []Odd, bad, err error) {
+// the segments the first. One that is damaged is odd, and the survey goes on, however
+// many there are. Nothing may be let go on a ledger with damage. It is an error if
+// there are segments, and none says how long they are.
+func Survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (l Ledger, odd Oddities, err error) {
 	l = Ledger{Archive: a}
 	gone, err := r.Expiry(ctx, a)
 	if err != nil {
-		return l, odd, bad, err
+		return l, odd, err
 	}
 	var after pg.WALName
+	var unread []repo.WALObject // behind many that are damaged
+	var asked int               // how many were to say how long a segment is
+	var mute error              // of the first that does not
 	for again := true; again; {
 		again = false
 		for o, err := range r.WALObjects(ctx, a, after) {
 			if err != nil {
-				return l, odd, bad, err
+				return l, odd, err
 			}
 			if over, to, ok := known.over(o.Name, gone); ok {
 				l.SegmentSize = known.SegmentSize
@@ -53,9 +71,20 @@ func Survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (l 
 				after, again = to, true
 				break
 			}
+			sized := l.SegmentSize == 0 && o.Stored > 0 && (o.Name.Kind == pg.Segment || o.Name.Kind == pg.Partial)
+			if sized && asked == maxOdd { // so many are no accident: nobody is to read them all
+				unread = append(unread, o)
+				continue
+			}
+			if sized {
+				asked++
+			}
 			why, err := l.enter(ctx, r, o, known)
-			if Damaged(err) && len(odd) < maxOdd { // so many are no accident: nobody is to read them all
-				bad = cmp.Or(bad, err)
+			if Damaged(err) {
+				odd.Bad = cmp.Or(odd.Bad, err)
+				if sized {
+					mute = cmp.Or(mute, err)
+				}
 				why, err = err.Error(), nil
 				if o.Name.Kind == pg.History {
 					t := l.timeline(o.Name.Timeline)
@@ -63,20 +92,43 @@ func Survey(ctx context.Context, r *repo.Repo, a repo.Archive, known Ledger) (l 
 				}
 			}
 			if err != nil {
-				return l, odd, bad, err
+				return l, odd, err
 			}
-			if why != "" && len(odd) < maxOdd {
-				odd = append(odd, Odd{o.Key, why})
+			if why != "" {
+				odd.add(o.Key, why)
 			}
 		}
 	}
+	for asked = 0; l.SegmentSize == 0 && asked < maxOdd && len(unread) > 0; asked++ { // the newest are the most likely to be whole
+		o := unread[len(unread)-1]
+		why, err := l.enter(ctx, r, o, known)
+		if err != nil && !Damaged(err) {
+			return l, odd, err
+		}
+		if err != nil {
+			why = err.Error()
+		}
+		if why != "" {
+			odd.add(o.Key, why)
+		}
+		unread = unread[:len(unread)-1]
+	}
+	if l.SegmentSize == 0 && mute != nil {
+		return l, odd, fail.Hint(fmt.Errorf("system %v, PostgreSQL %d: of no archived segment can it be read how long it is, such as %w", a.System, a.Major, mute),
+			"something has damaged the archive in the bucket; if it keeps older versions, bring them back. What is archived from now on is good again with a new physical backup, once the damaged objects are gone")
+	}
+	for _, o := range unread { // taken by their names, like all that come after the first that can be read
+		if err := l.add(o.Name, o.Modified, o.Stored); err != nil {
+			odd.add(o.Key, err.Error())
+		}
+	}
 	if gone, err = r.Expiry(ctx, a); err != nil { // what went while it was listed is no hole
-		return l, odd, bad, err
+		return l, odd, err
 	}
 	for _, f := range gone.Floors {
 		l.timeline(f.Timeline).Floor = f.From
 	}
-	return l, odd, bad, nil
+	return l, odd, nil
 }
 
 // Damaged reports whether err says of one object that it is of no use, or gone

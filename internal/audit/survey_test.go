@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"iter"
 	"math/rand/v2"
 	"slices"
@@ -35,6 +36,7 @@ type archive struct {
 type counted struct {
 	store.Store
 	listed int
+	got    int                 // objects of which something was read
 	before func(prefix string) // nil: nothing
 }
 
@@ -50,6 +52,11 @@ func (c *counted) List(ctx context.Context, prefix, after string) iter.Seq2[stor
 			}
 		}
 	}
+}
+
+func (c *counted) Get(ctx context.Context, key string, part store.Range) (io.ReadCloser, error) {
+	c.got++
+	return c.Store.Get(ctx, key, part)
 }
 
 func newArchive(t *testing.T) *archive {
@@ -97,11 +104,11 @@ func (b *archive) key(name string) string {
 
 func (b *archive) survey(known audit.Ledger) (audit.Ledger, []audit.Odd) {
 	b.t.Helper()
-	l, odd, bad, err := audit.Survey(b.t.Context(), b.r, b.a, known)
-	if err := errors.Join(err, bad); err != nil {
+	l, odd, err := audit.Survey(b.t.Context(), b.r, b.a, known)
+	if err := errors.Join(err, odd.Bad); err != nil {
 		b.t.Fatal(err)
 	}
-	return l, odd
+	return l, odd.Told
 }
 
 // What a survey that knows an earlier one finds is what one finds that lists
@@ -189,11 +196,11 @@ func TestC3ADamagedObjectEndsNoAudit(t *testing.T) {
 	b.fake("000000010000000000000005", "00000002.history", "00000003.history", "000000030000000000000006")
 	var known audit.Ledger
 	for range 2 { // another survey finds the same
-		l, odd, bad, err := audit.Survey(t.Context(), b.r, b.a, known)
-		if err != nil || !errors.Is(bad, fail.Corrupt) {
-			t.Fatalf("who plans by it does not hear of it: %v, %v", bad, err)
+		l, odd, err := audit.Survey(t.Context(), b.r, b.a, known)
+		if err != nil || !errors.Is(odd.Bad, fail.Corrupt) {
+			t.Fatalf("who plans by it does not hear of it: %v, %v", odd.Bad, err)
 		}
-		if r := l.Timelines[0].Ranges; len(odd) != 4 || l.SegmentSize != segment || len(r) != 2 || r[0].From != 0x300000 {
+		if r := l.Timelines[0].Ranges; odd.Count != 4 || l.SegmentSize != segment || len(r) != 2 || r[0].From != 0x300000 {
 			t.Fatalf("%+v, odd: %+v", l, odd)
 		}
 		var got []string
@@ -209,12 +216,40 @@ func TestC3ADamagedObjectEndsNoAudit(t *testing.T) {
 		}
 		known = l
 	}
-	b = newArchive(t)
-	for n := range 200 {
+}
+
+// However many are damaged, what is behind them is there, and not all are read.
+func TestC3ManyDamagedObjectsEndNoAudit(t *testing.T) {
+	b := newArchive(t)
+	for n := range 2000 {
 		b.fake(spot{1, n}.name().String())
 	}
-	if l, odd, _, err := audit.Survey(t.Context(), b.r, b.a, audit.Ledger{}); !errors.Is(err, fail.Corrupt) || len(odd) != 100 {
-		t.Errorf("where nothing can be read: %+v, %d odd, %v", l, len(odd), err)
+	for n := range 150 {
+		b.fake(pg.HistoryName(pg.Timeline(n + 2)).String())
+	}
+	b.st.got = 0
+	l, odd, err := audit.Survey(t.Context(), b.r, b.a, audit.Ledger{})
+	if !errors.Is(err, fail.Corrupt) || !errors.Is(odd.Bad, fail.Corrupt) || len(l.Timelines) > 0 && len(l.Timelines[0].Ranges) > 0 || !strings.Contains(err.Error(), "of no archived segment") {
+		t.Errorf("where nothing can be read: %d odd, %v", odd.Count, err)
+	}
+	if _, err := audit.Take(t.Context(), b.r, "main", nil, time.Now()); !errors.Is(err, fail.Corrupt) {
+		t.Errorf("an audit of it: %v", err)
+	}
+	b.st.got = 0
+	b.put(spot{1, 2047}.name().String(), make([]byte, segment)) // 1999 is the last before it that is damaged
+	l, odd, err = audit.Survey(t.Context(), b.r, b.a, audit.Ledger{})
+	if err != nil || !errors.Is(odd.Bad, fail.Corrupt) || len(odd.Told) != 100 || odd.Count < 250 || l.SegmentSize != segment {
+		t.Fatalf("segments of %d, %d odd, %d told, %v, %v", l.SegmentSize, odd.Count, len(odd.Told), odd.Bad, err)
+	}
+	if b.st.got > 300 {
+		t.Errorf("%d objects were read", b.st.got)
+	}
+	r := l.Timelines[0].Ranges
+	if last := r[len(r)-1]; last.From != 2047<<20 || last.To != 2048<<20 {
+		t.Errorf("the last range is %+v", last)
+	}
+	if lost := l.Timelines[100]; lost.Lost.IsZero() || lost.LostKey == "" {
+		t.Errorf("timeline %d is not said to be lost", lost.ID)
 	}
 }
 

@@ -123,11 +123,11 @@ func Gather(ctx context.Context, r *repo.Repo, cluster string, now time.Time) (r
 		return f, err
 	}
 	for _, a := range archives {
-		l, _, bad, err := audit.Survey(ctx, r, a, audit.Ledger{})
+		l, odd, err := audit.Survey(ctx, r, a, audit.Ledger{})
 		if err != nil && !audit.Damaged(err) {
 			return f, err
 		}
-		if err = cmp.Or(err, bad); err != nil {
+		if err = cmp.Or(err, odd.Bad); err != nil {
 			f.Damage[a] = err
 		}
 		f.Archives = append(f.Archives, l)

@@ -314,7 +314,7 @@ func (w *world) moments(since time.Time) (map[spot]bool, error) {
 		return nil, err
 	}
 	for _, a := range archives {
-		l, _, _, err := audit.Survey(w.t.Context(), w.r, a, audit.Ledger{})
+		l, _, err := audit.Survey(w.t.Context(), w.r, a, audit.Ledger{})
 		if err != nil {
 			return nil, err
 		}

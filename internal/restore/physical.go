@@ -213,14 +213,20 @@ func (p Physical) resolve(ctx context.Context) (Resolved, []repo.Listed, error) 
 		return Resolved{}, nil, err
 	}
 	archive := p.life(backups)
-	ledger := audit.Ledger{Archive: archive}
+	ledger, odd := audit.Ledger{Archive: archive}, audit.Oddities{}
 	if archive.System != 0 {
 		// What is damaged of the archive counts as missing; if it is a history, Resolve is told.
-		if ledger, _, _, err = audit.Survey(ctx, p.Repo, archive, audit.Ledger{}); err != nil {
+		if ledger, odd, err = audit.Survey(ctx, p.Repo, archive, audit.Ledger{}); err != nil {
 			return Resolved{}, nil, err
 		}
 	}
 	res, err := Resolve(ctx, p.Target, p.Backup, backups, ledger, ScanArchive(p.Repo, ledger))
+	if odd.Count > 0 {
+		res.Missed = fmt.Sprintf("%d objects in the archive are damaged, or no files of it, and count as missing, such as %s: %s", odd.Count, odd.Told[0].Key, odd.Told[0].Why)
+		if err != nil {
+			err = fail.Hint(err, strings.TrimPrefix(fail.HintOf(err)+"; ", "; ")+res.Missed+"; pgkeep wal audit names them")
+		}
+	}
 	return res, backups, err
 }
 
@@ -300,6 +306,9 @@ func (plan *PhysicalPlan) describe(p Physical) {
 	plan.WALBytes = int64(plan.Segments) * int64(res.segmentSize())
 	plan.Files, plan.Bytes, plan.Stored, plan.Passed = m.Files, m.Bytes, m.Stored, res.Passed
 	plan.Dir = p.Dir
+	if res.Missed != "" {
+		plan.Notes = append(plan.Notes, res.Missed+"; the way to the target does not need them, and pgkeep wal audit names them")
+	}
 }
 
 // entries tells of every entry of a backup. A list that is not whole is an error,

@@ -36,6 +36,10 @@ type Resolved struct {
 	By time.Time
 	// Passed are backups that were not considered, newest first.
 	Passed []Passed
+	// Alone: retention let go of the log behind what the backup needs itself.
+	Alone bool
+	// Missed says what stands in the archive and is no file of it; "": nothing.
+	Missed string
 }
 
 // Passed is a backup that cannot be used, and why.
@@ -86,6 +90,7 @@ func Resolve(ctx context.Context, t Target, named repo.ID, backups []repo.Listed
 	for _, c := range rs.usable {
 		if c.ID == res.Backup.ID {
 			res.Timeline = c.timeline
+			res.Alone = c.reach.To < rs.floor(c)
 		}
 	}
 	if err == nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -195,6 +196,26 @@ func TestTheLatestMomentBringsBackNothingThatWasUndone(t *testing.T) {
 				t.Errorf("%v: it opens as timeline %d; 2 is taken", target, n)
 			}
 			server.Kill()
+		}
+
+		// More than a hundred of them did end every plan.
+		for n := range pg.Timeline(150) {
+			other := filepath.Join(filepath.Dir(filepath.Dir(object)), (n + 20).String(), pg.HistoryName(n+20).String()+".zst")
+			if err := errors.Join(os.MkdirAll(filepath.Dir(other), 0o700), os.WriteFile(other, b, 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s.own()
+		const many = "151 objects in the archive are damaged"
+		plan, err := s.physical("many-fork", restore.Target{Kind: restore.ToName, Name: "fork", Timeline: 1}).Plan(t.Context())
+		if err != nil || !slices.ContainsFunc(plan.Notes, func(note string) bool {
+			return strings.Contains(note, many) && strings.Contains(note, "pgkeep wal audit")
+		}) {
+			t.Errorf("a target that needs none of many: %v; notes %q", err, plan.Notes)
+		}
+		_, err = s.physical("refused", latestMoment).Plan(t.Context())
+		if hint := fail.HintOf(err); !errors.Is(err, fail.Corrupt) || !strings.Contains(hint, "remove the object") || !strings.Contains(hint, many) {
+			t.Errorf("a target that needs some of many: %v; %s", err, hint)
 		}
 	})
 }
