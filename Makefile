@@ -54,7 +54,7 @@ chaos: setup ## the campaigns that make test runs a little of: kills everywhere,
 	go test -timeout 0 -v -run 'EveryTarget|NoDamage' ./internal/restore -targets 300 -mutations 300
 	PGKEEP_TEST_KILLS=all go test -timeout 0 -v -run 'Kill|ManySegments' ./cmd/pgkeep-wal -kill-everywhere -segments 500
 	go test -timeout 0 -v ./internal/retention -histories 1000000
-	PGKEEP_TEST_EXPIRE_RUNS=1000 go test -timeout 0 -v ./internal/expire
+	PGKEEP_TEST_EXPIRE_RUNS=1000 PGKEEP_TEST_CHURN_BACKUPS=30 go test -timeout 0 -v ./internal/expire
 	PGKEEP_TEST_SCHEDULES=1000 go test -timeout 0 -v -run ManySchedules ./internal/schedule
 	@tools/setup chromium
 	go test -v -tags browser -run InABrowser ./internal/report

@@ -40,10 +40,18 @@ type host struct {
 	store   later
 	access  repo.Access
 	pg      *lab.Postgres
+	work
 
 	mu    sync.Mutex // held while a row is being committed
 	ticks int        // rows that were acknowledged, numbered from 1
 	conn  *pgx.Conn
+}
+
+// work is what a host does beside its rows: with the n-th, those of so many others
+// change of which the number is n, modulo groups. What they hold tells how often.
+type work struct {
+	rows, groups int
+	pace         time.Duration // between two
 }
 
 // later is a store whose clock goes as ours does, which is ahead.
@@ -65,9 +73,9 @@ func (l later) List(ctx context.Context, prefix, after string) iter.Seq2[store.O
 	}
 }
 
-func newHost(t *testing.T) *host {
+func newHost(t *testing.T, w work) *host {
 	t.Helper()
-	h := &host{t: t, dir: lab.DirForTest(t)}
+	h := &host{t: t, dir: lab.DirForTest(t), work: w}
 	h.program = filepath.Join(h.dir, "pgkeep-wal")
 	h.must(lab.Build(t.Context(), h.dir, "pgkeep-wal"))
 	signer, err := seal.NewSigner()
@@ -92,11 +100,15 @@ clusters: {main: {conninfo: "host=/nowhere"}}
 	h.must(lab.Own(h.dir))
 	h.pg = lab.PostgresForTest(t, lab.PostgresOptions{WALSegmentMB: 1, Settings: map[string]string{"wal_keep_size": "200MB",
 		"archive_mode": "on", "archive_command": h.program + " push --config " + h.config + " %p"}})
-	h.must(h.pg.Exec(t.Context(), "postgres", "CREATE TABLE ticks (id int PRIMARY KEY)", "CREATE TABLE work AS SELECT i, repeat(md5(i::text), 20) AS x FROM generate_series(1, 8000) i"))
+	h.must(h.pg.Exec(t.Context(), "postgres", "CREATE TABLE ticks (id int PRIMARY KEY)",
+		fmt.Sprintf("CREATE TABLE work WITH (fillfactor = 80) AS SELECT i, 0 AS n, repeat(md5(i || ':0'), 20) AS x FROM generate_series(1, %d) i", w.rows),
+		fmt.Sprintf("CREATE INDEX ON work ((i %% %d))", w.groups), "ANALYZE work"))
 	h.conn, err = h.pg.Connect(t.Context(), "postgres")
 	h.must(err)
 	return h
 }
+
+func (h *host) open(context.Context) (*repo.Repo, error) { return h.repo, nil }
 
 func (h *host) must(err error) {
 	h.t.Helper()
@@ -113,11 +125,16 @@ func (h *host) load() (stop func()) {
 		var err error
 		for err == nil && ctx.Err() == nil {
 			h.mu.Lock()
-			_, err = h.conn.Exec(context.WithoutCancel(ctx), fmt.Sprintf("INSERT INTO ticks VALUES (%d); UPDATE work SET x = md5(x) || substr(x, 33) WHERE i %% 97 = %d", h.ticks+1, h.ticks%97))
+			next := h.ticks + 1
+			_, err = h.conn.Exec(context.WithoutCancel(ctx), fmt.Sprintf("INSERT INTO ticks VALUES (%d); UPDATE work SET n = n + 1, x = repeat(md5(i || ':' || n + 1), 20) WHERE i %% %d = %d", next, h.groups, next%h.groups))
 			if err == nil {
-				h.ticks++
+				h.ticks = next
 			}
 			h.mu.Unlock()
+			select {
+			case <-time.After(h.pace):
+			case <-ctx.Done():
+			}
 		}
 		failed <- err
 	}()
@@ -168,7 +185,7 @@ func (h *host) take() (b taken) {
 	began := time.Now().UTC()
 	b = taken{id: repo.NewID(began, fmt.Sprintf("%08x", began.Nanosecond())), before: h.count()}
 	p := backup.Physical{Name: "main", Host: "db1", Cluster: cluster.Cluster{Conninfo: h.pg.Conninfo() + " dbname=postgres"}, Spool: h.t.TempDir(),
-		Open: func(context.Context) (*repo.Repo, error) { return h.repo, nil }, Log: slog.New(slog.DiscardHandler), WALWait: time.Minute}
+		Open: h.open, Log: slog.New(slog.DiscardHandler), WALWait: time.Minute}
 	_, err := p.Preflight(ctx, b.id, began, backup.Owner{})
 	h.must(err)
 	_, err = p.Copy(ctx, b.id, func(repo.Progress) {})
@@ -212,7 +229,7 @@ func (h *host) expire(in time.Duration, edge time.Time) expire.Done {
 	now := time.Now().Add(in)
 	*h.store.by = in
 	x := &expire.Expirer{Name: "main", Policy: retention.Policy{Window: now.Sub(edge) - retention.Skew, Min: 1, Grace: time.Hour},
-		Open: func(context.Context) (*repo.Repo, error) { return h.repo, nil }}
+		Open: h.open}
 	plan, err := x.PlanAt(h.t.Context(), now)
 	h.must(err)
 	done, err := x.ApplyAt(h.t.Context(), expire.Order{Backups: plan.Removals(), Confirm: plan.Confirm}, now)
@@ -221,8 +238,9 @@ func (h *host) expire(in time.Duration, edge time.Time) expire.Done {
 	return done
 }
 
-// restored restores, opens, and returns how many rows there are; they are the first
-// ones, without a gap.
+// restored restores, lets PostgreSQL judge the files, opens, and returns how many
+// rows there are; they are the first ones, without a gap, and all others are what
+// these have made of them.
 func (h *host) restored(name string, p restore.Physical) (ticks int) {
 	h.t.Helper()
 	dir := filepath.Join(h.dir, name)
@@ -236,6 +254,9 @@ func (h *host) restored(name string, p restore.Physical) (ticks int) {
 	}
 	_, err = p.Run(h.t.Context(), plan)
 	h.must(err)
+	if out, err := h.pg.Command(h.t.Context(), "pg_verifybackup", "--no-parse-wal", p.Dir).CombinedOutput(); err != nil {
+		h.t.Errorf("%s: pg_verifybackup: %v\n%s", name, err, out)
+	}
 	server, err := lab.StartPostgres(h.t.Context(), lab.PostgresOptions{Dir: dir, Settings: map[string]string{"hot_standby": "off"}})
 	if err != nil {
 		log, _ := os.ReadFile(filepath.Join(dir, "log"))
@@ -245,10 +266,11 @@ func (h *host) restored(name string, p restore.Physical) (ticks int) {
 	conn, err := server.Connect(h.t.Context(), "postgres")
 	h.must(err)
 	defer conn.Close(context.WithoutCancel(h.t.Context()))
-	var last, worked int
-	h.must(conn.QueryRow(h.t.Context(), "SELECT count(*), coalesce(max(id), 0), (SELECT count(*) FROM work) FROM ticks").Scan(&ticks, &last, &worked))
-	if ticks != last || worked != 8000 {
-		h.t.Errorf("%s: %d rows up to %d, and %d of 8000", name, ticks, last, worked)
+	var last, right, all int
+	h.must(conn.QueryRow(h.t.Context(), "SELECT count(*), coalesce(max(id), 0) FROM ticks").Scan(&ticks, &last))
+	h.must(conn.QueryRow(h.t.Context(), fmt.Sprintf("SELECT count(*) FILTER (WHERE n = (%d + %[2]d - 1 - (i + %[2]d - 1) %% %[2]d) / %[2]d AND x = repeat(md5(i || ':' || n), 20)), count(*) FROM work", ticks, h.groups)).Scan(&right, &all))
+	if ticks != last || right != h.rows || all != h.rows {
+		h.t.Errorf("%s: %d rows up to %d, and of %d others, of which there are %d, %d are what these have made of them", name, ticks, last, h.rows, all, right)
 	}
 	return ticks
 }
@@ -258,7 +280,7 @@ func (h *host) restored(name string, p restore.Physical) (ticks int) {
 // promised, and what is not promised any more is refused. PostgreSQL opens each with
 // the rows of that moment.
 func TestAWindowShrinksAndItsEdgesAreThere(t *testing.T) {
-	h := newHost(t)
+	h := newHost(t, work{rows: 8000, groups: 97})
 	stop := h.load()
 	var backups []taken
 	var marks []mark

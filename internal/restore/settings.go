@@ -73,6 +73,12 @@ func (p Physical) recoverySettings(plan PhysicalPlan) []setting {
 	if plan.inPlace { // else recovery ends where it meets one (CheckTablespaceDirectory in access/transam/xlogrecovery.c)
 		set = append(set, setting{"allow_in_place_tablespaces", "on"})
 	}
+	// PostgreSQL looks ahead of what it replays, also into the segment behind the last
+	// that is needed. One that was let go, or is damaged, would end recovery just
+	// before its target (XLogPrefetcherNextBlock in access/transam/xlogprefetcher.c).
+	if res.Backup.Version.Major() >= 15 && (t.Kind == Immediate || res.Alone) {
+		set = append(set, setting{"recovery_prefetch", "off"})
+	}
 	if p.Takeover {
 		return set
 	}
