@@ -37,7 +37,9 @@ func Units(opt Options) ([]Unit, error) {
 			u.Text = strings.ReplaceAll(u.Text, "ExecStart=/usr/bin/", "ExecStart="+word(opt.Programs)+"/")
 		}
 		if opt.Config != "" {
-			u.Text = strings.ReplaceAll(u.Text, "/etc/pgkeep/pgkeep.yaml", word(opt.Config))
+			const file, condition = "/etc/pgkeep/pgkeep.yaml", "ConditionPathExists="
+			// A condition is no command line: nothing but % is special there.
+			u.Text = strings.NewReplacer(condition+file, condition+strings.ReplaceAll(opt.Config, "%", "%%"), file, word(opt.Config)).Replace(u.Text)
 		}
 		all = append(all, u)
 	}

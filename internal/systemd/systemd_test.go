@@ -108,7 +108,7 @@ func TestAWorkerHasTimeToStop(t *testing.T) {
 }
 
 func TestPathsOfTheHostAreEscaped(t *testing.T) {
-	all, err := systemd.Units(systemd.Options{Programs: "/opt/pg keep", Config: "/srv/100%/pgkeep.yaml"})
+	all, err := systemd.Units(systemd.Options{Programs: "/opt/pg keep", Config: "/srv/100% sure/etc/pgkeep/pgkeep.yaml"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -116,8 +116,13 @@ func TestPathsOfTheHostAreEscaped(t *testing.T) {
 		if got := values(u.Text, "ExecStart")[0]; !strings.HasPrefix(got, `/opt/pg\x20keep/pgkeep`) {
 			t.Errorf("%s starts %s", u.Name, got)
 		}
-		if strings.Contains(u.Text, "/etc/pgkeep/pgkeep.yaml") || strings.Contains(u.Name, "worker") && !strings.Contains(u.Text, "--config /srv/100%%/pgkeep.yaml ") {
+		if strings.Contains(u.Text, " /etc/pgkeep/pgkeep.yaml") || strings.Contains(u.Name, "worker") && !strings.Contains(u.Text, `--config /srv/100%%\x20sure/etc/pgkeep/pgkeep.yaml `) {
 			t.Errorf("%s:\n%s", u.Name, u.Text)
+		}
+		for _, got := range values(u.Text, "ConditionPathExists") { // no command line, and so without quotes
+			if got != "/srv/100%% sure/etc/pgkeep/pgkeep.yaml" {
+				t.Errorf("%s starts if there is %s", u.Name, got)
+			}
 		}
 	}
 }
@@ -129,17 +134,40 @@ func TestSystemdAgrees(t *testing.T) {
 		t.Log("systemd is not here")
 		return
 	}
-	for _, u := range units(t) {
+	// It wants the programs to be there, also where a path is one to be escaped.
+	programs := filepath.Join(t.TempDir(), "100% pg keep")
+	if err := os.Mkdir(programs, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"pgkeep", "pgkeep-server"} {
+		if err := os.WriteFile(filepath.Join(programs, name), []byte("#!/bin/sh\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	settings := filepath.Join(programs, "it's pgkeep.yaml")
+	if err := os.WriteFile(settings, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	all, err := systemd.Units(systemd.Options{Programs: programs, Config: settings})
+	if err != nil {
+		t.Fatal(err)
+	}
+	exposed := map[string]string{"pgkeep-worker.service": "28", "pgkeep-server.service": "14"} // tenths
+	for _, u := range all {
 		file := filepath.Join(t.TempDir(), u.Name)
-		text := regexp.MustCompile(`ExecStart=\S+`).ReplaceAllString(u.Text, "ExecStart=/bin/true")
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		if err := os.WriteFile(file, []byte(u.Text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		if out, err := exec.Command(analyze, "verify", file).CombinedOutput(); err != nil || len(out) > 0 {
 			t.Errorf("%s: %v\n%s", u.Name, err, out)
 		}
-		if out, err := exec.Command(analyze, "security", "--offline=true", "--threshold=30", file).CombinedOutput(); err != nil {
-			t.Errorf("%s is more exposed than 3.0: %v\n%s", u.Name, err, out)
+		for _, path := range values(u.Text, "ConditionPathExists") {
+			if out, err := exec.Command(analyze, "condition", "ConditionPathExists="+path).CombinedOutput(); err != nil {
+				t.Errorf("%s would never start: %v\n%s", u.Name, err, out)
+			}
+		}
+		if out, err := exec.Command(analyze, "security", "--offline=true", "--threshold="+exposed[u.Name], file).CombinedOutput(); err != nil {
+			t.Errorf("%s is more exposed than it was, %s tenths: %v\n%s", u.Name, exposed[u.Name], err, out)
 		}
 	}
 }
