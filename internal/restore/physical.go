@@ -222,9 +222,10 @@ func (p Physical) resolve(ctx context.Context) (Resolved, []repo.Listed, error) 
 	}
 	res, err := Resolve(ctx, p.Target, p.Backup, backups, ledger, ScanArchive(p.Repo, ledger))
 	if odd.Count > 0 {
-		res.Missed = fmt.Sprintf("%d objects in the archive are damaged, or no files of it, and count as missing, such as %s: %s", odd.Count, odd.Told[0].Key, odd.Told[0].Why)
+		missed := fmt.Sprintf("%d objects in the archive are damaged, or no files of it, and count as missing, such as %s: %s", odd.Count, odd.Told[0].Key, odd.Told[0].Why)
+		res.Notes = append(res.Notes, missed+"; the way to the target does not need them, and pgkeep wal audit names them")
 		if err != nil {
-			err = fail.Hint(err, strings.TrimPrefix(fail.HintOf(err)+"; ", "; ")+res.Missed+"; pgkeep wal audit names them")
+			err = fail.Hint(err, strings.TrimPrefix(fail.HintOf(err)+"; ", "; ")+missed+"; pgkeep wal audit names them")
 		}
 	}
 	return res, backups, err
@@ -306,9 +307,7 @@ func (plan *PhysicalPlan) describe(p Physical) {
 	plan.WALBytes = int64(plan.Segments) * int64(res.segmentSize())
 	plan.Files, plan.Bytes, plan.Stored, plan.Passed = m.Files, m.Bytes, m.Stored, res.Passed
 	plan.Dir = p.Dir
-	if res.Missed != "" {
-		plan.Notes = append(plan.Notes, res.Missed+"; the way to the target does not need them, and pgkeep wal audit names them")
-	}
+	plan.Notes = append(plan.Notes, res.Notes...)
 }
 
 // entries tells of every entry of a backup. A list that is not whole is an error,

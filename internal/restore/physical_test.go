@@ -71,7 +71,7 @@ func newSite(t testing.TB) *site {
 	return newSiteOf(t, 0)
 }
 
-func newSiteOf(t testing.TB, major int) *site {
+func newSiteOf(t testing.TB, major int, env ...string) *site {
 	t.Helper()
 	s := &site{t: t, dir: lab.DirForTest(t), major: major}
 	signer, err := seal.NewSigner()
@@ -101,7 +101,7 @@ clusters: {main: {conninfo: "host=/nowhere"}}
 		t.Fatal(err)
 	}
 	s.own()
-	s.pg = lab.PostgresForTest(t, lab.PostgresOptions{Version: major, WALSegmentMB: 1, Settings: settings(s.archiving())})
+	s.pg = lab.PostgresForTest(t, lab.PostgresOptions{Version: major, WALSegmentMB: 1, Settings: settings(s.archiving()), Env: env})
 	space := s.mkdir("space")
 	s.exec("CREATE TABLE ledger (seq int PRIMARY KEY, x text)",
 		"ALTER TABLE ledger ALTER x SET STORAGE external",

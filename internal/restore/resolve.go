@@ -38,8 +38,7 @@ type Resolved struct {
 	Passed []Passed
 	// Alone: retention let go of the log behind what the backup needs itself.
 	Alone bool
-	// Missed says what stands in the archive and is no file of it; "": nothing.
-	Missed string
+	Notes []string // what whoever asks should know
 }
 
 // Passed is a backup that cannot be used, and why.
@@ -438,7 +437,9 @@ func (rs *resolver) lastCommit(ctx context.Context, c candidate, before pg.LSN) 
 // time finds the first transaction that ended after the target, before which
 // recovery stops. Nothing in the log says when it was written but the ends of
 // transactions; so where to look is found by halving, and what is found there
-// is read through.
+// is read through, with some of the log before it. Where it shows that the clock of
+// the source was set back, halving proves nothing, and all is read: PostgreSQL stops
+// at the first in the order of the log.
 func (rs *resolver) time(ctx context.Context) (Resolved, error) {
 	c, ok := rs.before(func(c candidate) bool { return !c.Physical.StoppedAt.After(rs.t.Time) })
 	if !ok {
@@ -447,6 +448,12 @@ func (rs *resolver) time(ctx context.Context) (Resolved, error) {
 	size := pg.LSN(rs.l.SegmentSize)
 	first := c.Physical.Stop - c.Physical.Stop%size
 	count := int((c.reach.To - first + size - 1) / size)
+	var clock []reading
+	for _, b := range rs.usable { // positions on other timelines do not compare
+		if b.timeline == c.timeline && b.Physical.Stop >= c.Physical.Stop && b.Physical.Stop < c.reach.To {
+			clock = append(clock, reading{b.Physical.Stop, b.Physical.StoppedAt})
+		}
+	}
 	lo, hi := 0, count // the first segment behind whose beginning a transaction ended too late is among these
 	for lo < hi {
 		n := lo + (hi-lo)/2
@@ -454,32 +461,96 @@ func (rs *resolver) time(ctx context.Context) (Resolved, error) {
 		if err != nil {
 			return Resolved{}, err
 		}
+		if found {
+			clock = append(clock, reading{rec.At, rec.Time})
+		}
 		if found && !rs.late(rec.Time) {
 			lo = n + 1
 		} else {
 			hi = n
 		}
 	}
-	from := first + pg.LSN(max(0, lo-2))*size // one more, for what goes over its end
-	var last pg.WALRecord
-	for rec, err := range rs.scan(ctx, c.reach, from, c.reach.To, false) {
-		switch {
-		case err != nil:
-			return Resolved{}, err
-		case rec.At < c.Physical.Stop || rec.Kind != pg.Commit && rec.Kind != pg.Abort:
-		case rs.late(rec.Time):
-			return Resolved{Backup: c.Manifest, Window: c.reach, Until: rec.End, Stop: rec, Last: last, By: rec.Time}, nil
-		case rec.Kind == pg.Commit:
-			last = rec
+	from, back := first+pg.LSN(max(0, lo-far))*size, setBack(clock)
+	if back {
+		from = first
+	}
+	rec, last, fell, err := rs.firstLate(ctx, c, from)
+	if err == nil && !back && fell {
+		back = true
+		if from > first {
+			rec, last, _, err = rs.firstLate(ctx, c, first)
 		}
 	}
-	if last.At == 0 {
-		var err error
+	if err != nil {
+		return Resolved{}, err
+	}
+	if last.At == 0 && rec.At == 0 {
 		if last, err = rs.lastCommit(ctx, c, c.reach.To); err != nil {
 			return Resolved{}, err
 		}
 	}
-	return Resolved{}, rs.hole(c, last)
+	if rec.At == 0 {
+		return Resolved{}, rs.hole(c, last)
+	}
+	res := Resolved{Backup: c.Manifest, Window: c.reach, Until: rec.End, Stop: rec, Last: last}
+	if !back {
+		res.By = rec.Time
+	} else {
+		res.Notes = append(res.Notes, fmt.Sprintf("the clock of the source was set back, so that times come more than once in the log; recovery stops before the first transaction that is too late (%v), as PostgreSQL does by a time. Others behind it may be earlier: --to-xid or --to-lsn reaches them", rec.At))
+	}
+	return res, nil
+}
+
+// firstLate reads the log from a position for the first transaction that ended after
+// the target; the zero one: there is none. last is the last commit before it that
+// was read, and fell says whether the clock was set back meanwhile.
+func (rs *resolver) firstLate(ctx context.Context, c candidate, from pg.LSN) (rec, last pg.WALRecord, fell bool, err error) {
+	var most time.Time
+	for rec, err := range rs.scan(ctx, c.reach, from, c.reach.To, false) {
+		if err != nil {
+			return rec, last, fell, err
+		}
+		if rec.At < c.Physical.Stop || rec.Kind != pg.Commit && rec.Kind != pg.Abort {
+			continue
+		}
+		fell = fell || rec.Time.Before(most.Add(-unordered))
+		if rec.Time.After(most) {
+			most = rec.Time
+		}
+		if rs.late(rec.Time) {
+			return rec, last, fell, nil
+		}
+		if rec.Kind == pg.Commit {
+			last = rec
+		}
+	}
+	return pg.WALRecord{}, last, fell, nil
+}
+
+// A reading is what a clock showed at a position of the log.
+type reading struct {
+	at   pg.LSN
+	time time.Time
+}
+
+// unordered is by how much the ends of transactions may stand in another order than
+// their times, with no clock set: a time is taken a little before its record is
+// written, and that of a backup's end a little after.
+const unordered = 10 * time.Second
+
+// setBack reports whether a clock shows less at a later position.
+func setBack(clock []reading) bool {
+	slices.SortFunc(clock, func(a, b reading) int { return cmp.Compare(a.at, b.at) })
+	var most time.Time
+	for _, r := range clock {
+		if r.time.Before(most.Add(-unordered)) {
+			return true
+		}
+		if r.time.After(most) {
+			most = r.time
+		}
+	}
+	return false
 }
 
 // late reports whether a transaction that ended at that time ends recovery

@@ -447,6 +447,80 @@ func TestATimeIsFoundByHalving(t *testing.T) {
 	}
 }
 
+// PostgreSQL compares each transaction with the time as it comes to it, and stops at
+// the first that is later (recoveryStopsBefore in access/transam/xlogrecovery.c),
+// whatever clock it was written by. So do we, as long as what is read on the way
+// shows that the clock was set, which a leap of minutes does.
+func TestATimeAfterTheClockWasSet(t *testing.T) {
+	reached, same := 0, 0
+	for seed := range uint64(3000) {
+		p, rnd := drawPast(seed), rand.New(rand.NewPCG(seed, 4))
+		for range 1 + rnd.IntN(2) {
+			some := p.records[1]
+			at := some[rnd.IntN(len(some))].At
+			p.set(at, time.Duration(rnd.IntN(1200)-800)*time.Second)
+		}
+		target, reads := restore.Target{Kind: restore.ToTime, Exclusive: rnd.IntN(2) == 0}, 0
+		for some := p.way(p.ledger.Timelines[len(p.ledger.Timelines)-1].ID); target.Time.IsZero(); {
+			target.Time = some[rnd.IntN(len(some))].Time
+		}
+		want := p.oracle(target)
+		got, err := restore.Resolve(ctx, target, "", p.backups, p.ledger, p.scan(&reads))
+		if err != nil {
+			continue
+		}
+		reached++
+		if got.Backup.ID == want.backup && got.Stop.At == want.stop {
+			same++
+		}
+		if !got.Stop.Time.After(target.Time) && !(target.Exclusive && got.Stop.Time.Equal(target.Time)) || got.Last.At != 0 && (got.Last.Time.After(target.Time) || got.Last.At > got.Stop.At) {
+			t.Fatalf("seed %d, %+v: stops at %+v, after %+v", seed, target, got.Stop, got.Last)
+		}
+	}
+	t.Logf("%d reached, %d where PostgreSQL would stop by the time", reached, same)
+	if reached < 1000 || same < reached*99/100 {
+		t.Error("too few")
+	}
+
+	p := past{records: map[pg.Timeline][]pg.WALRecord{}, ledger: audit.Ledger{Archive: repo.Archive{Cluster: "main", System: 7, Major: 15}, SegmentSize: segment}}
+	for i := range 20_000 { // a second each, of which an hour comes twice
+		at, clock := pg.LSN(segment)+pg.LSN(i)*100_000, noon.Add(time.Duration(i)*time.Second)
+		if i >= 10_000 {
+			clock = clock.Add(-time.Hour)
+		}
+		p.records[1] = append(p.records[1], pg.WALRecord{Kind: pg.Commit, At: at, End: at + 100_000, XID: uint32(700 + i), Time: clock})
+	}
+	p.backups = plainPast().backups[:1]
+	p.archive(1, 1900)
+	for _, second := range []int{6300, 6400, 6401, 8000, 9998, 9999, 10_500} {
+		reads := 0
+		got, err := restore.Resolve(ctx, restore.Target{Kind: restore.ToTime, Time: noon.Add(time.Duration(second) * time.Second)}, "", p.backups, p.ledger, p.scan(&reads))
+		want := uint32(second) + 701
+		if second >= 9999 {
+			want += 3600
+		}
+		if err != nil || got.Stop.XID != want {
+			t.Errorf("second %d: stops at %+v, want %d (%v)", second, got.Stop, want, err)
+		}
+	}
+}
+
+// set sets the clock of the cluster from a position on.
+func (p past) set(at pg.LSN, by time.Duration) {
+	for t := range p.records {
+		for i := range p.records[t] {
+			if r := &p.records[t][i]; r.At >= at && !r.Time.IsZero() {
+				r.Time = r.Time.Add(by)
+			}
+		}
+	}
+	for i := range p.backups {
+		if f := p.backups[i].Physical; f.Stop > at {
+			f.StoppedAt = f.StoppedAt.Add(by)
+		}
+	}
+}
+
 // What retention let go is told as that, and not as a hole that somebody could
 // fill.
 func TestAMomentThatRetentionLetGo(t *testing.T) {

@@ -38,12 +38,14 @@ type setting struct{ name, value string }
 // another file says about recovery does not count.
 func (p Physical) recoverySettings(plan PhysicalPlan) []setting {
 	t, res := p.Target, plan.resolved
-	target := setting{}
+	target, exclusive := setting{}, t.Exclusive
 	switch t.Kind {
 	case Immediate:
 		target = setting{"recovery_target", "immediate"}
 	case ToTime:
-		target = setting{"recovery_target_time", instant(t.Time)}
+		// The very record before which the plan says that it stops: had the source's
+		// clock been set back, the time would be passed several times.
+		target, exclusive = setting{"recovery_target_lsn", res.Stop.At.String()}, true
 	case ToLSN:
 		target = setting{"recovery_target_lsn", t.LSN.String()}
 	case ToXID:
@@ -60,7 +62,7 @@ func (p Physical) recoverySettings(plan PhysicalPlan) []setting {
 		{"recovery_end_command", ""}, {"archive_cleanup_command", ""},
 		{"recovery_target_timeline", timeline},
 		{"recovery_target_action", string(p.Action)},
-		{"recovery_target_inclusive", onOff(!t.Exclusive)},
+		{"recovery_target_inclusive", onOff(!exclusive)},
 	}
 	for _, name := range []string{"recovery_target", "recovery_target_time", "recovery_target_lsn", "recovery_target_xid", "recovery_target_name"} {
 		if name != target.name {
