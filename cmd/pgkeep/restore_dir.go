@@ -37,7 +37,7 @@ func dirFlags() []cli.Flag {
 		&cli.StringFlag{Name: "config-dir", Usage: "put configuration from outside of the data directory into `DIR`"},
 		boolFlag("delta", "over an old data directory of this cluster: fetch what differs, remove the rest"),
 		&cli.StringFlag{Name: "owner", Usage: "give the files to `USER[:GROUP]`; else to the owner of DIR, or of where it is"},
-		&cli.StringFlag{Name: "host", Usage: "let the worker of `HOST` do it, there"},
+		&cli.StringFlag{Name: "host", Usage: "let the worker of `HOST` do it, there; not with --dry-run"},
 		boolFlag("takeover", "it takes the place of its source: keep archiving and replication as they were"),
 	})
 }
@@ -296,6 +296,10 @@ func fetchCommand(cfg *config.Config, cluster string) ([]string, error) {
 }
 
 func (e *env) restoreDir(ctx context.Context, opt dirOptions) error {
+	if opt.DryRun && opt.Host != "" {
+		return fail.Hint(config.Errorf("--dry-run and --host exclude each other: a plan is about the directories and servers of the host where it is made"),
+			"log in to "+opt.Host+" and leave out --host; a restore with --host makes the same plan there first, and writes nothing if it is refused")
+	}
 	q, err := opt.request()
 	if err != nil {
 		return err
@@ -361,9 +365,6 @@ func (e *env) restoreDir(ctx context.Context, opt dirOptions) error {
 
 // restoreOn lets the worker of another host do it.
 func (e *env) restoreOn(ctx context.Context, cfg *config.Config, q activities.RestoreRequest, opt dirOptions) error {
-	if opt.DryRun {
-		return config.Errorf("--dry-run and --host exclude each other: run it there without --host")
-	}
 	s, err := e.temporal(ctx)
 	if err != nil {
 		return err
