@@ -12,6 +12,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/backup"
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/fault"
+	"github.com/pgkeep/pgkeep/internal/pg"
 	"github.com/pgkeep/pgkeep/internal/proof"
 	"github.com/pgkeep/pgkeep/internal/repo"
 	"github.com/pgkeep/pgkeep/internal/restore"
@@ -48,6 +49,7 @@ func (s *site) prove(name string, target restore.Target, rows int64, change func
 func TestARestoredClusterIsProven(t *testing.T) {
 	s := newSite(t)
 	s.rows(10)
+	few := query[int64](t, s.pg, "SELECT count(*) FROM ledger")
 	s.take()
 	s.rows(20)
 	s.exec("SELECT pg_create_restore_point('half')")
@@ -86,6 +88,24 @@ func TestARestoredClusterIsProven(t *testing.T) {
 	})
 	if rep.Verdict != proof.Failed || !strings.Contains(rep.Summary(), "could not restore file \""+last) {
 		t.Errorf("with a lost segment: %s: %s", rep.Verdict, rep.Summary())
+	}
+	// PostgreSQL looks ahead of what it replays, and needs none of that.
+	rep = s.prove("alone", restore.Target{Kind: restore.Immediate}, few, func(plan restore.PhysicalPlan) {
+		timeline, at, err := pg.ParseSegmentName(plan.LastWAL, 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		next, err := pg.SegmentName(timeline, at+1<<20, 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(filepath.Dir(s.object(plan.LastWAL)), next+".zst"), []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s.own()
+	})
+	if rep.Verdict != proof.Passed {
+		t.Errorf("with damage behind the end of the backup: %s: %s", rep.Verdict, rep.Summary())
 	}
 }
 

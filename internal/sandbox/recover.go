@@ -162,6 +162,9 @@ func (s *Sandbox) replay(ctx context.Context, r Recovery, action string) (set ma
 	for name, value := range r.settings() {
 		set[name] = value
 	}
+	if r.Target.Immediate && major >= 15 { // it would look ahead, into log that may be let go
+		set["recovery_prefetch"] = "off"
+	}
 	set["recovery_target_action"] = action
 	if err := s.configure(set, "local all all reject\n"); err != nil {
 		return nil, done, err
