@@ -198,6 +198,7 @@ func (r *rig) archived() {
 // The worker is killed in the middle of the copy; the next attempt finishes, and
 // sends hardly anything again.
 func TestPhysicalBackupSurvivesAKilledWorker(t *testing.T) {
+	t.Parallel()
 	percents := []int64{50}
 	if os.Getenv("PGKEEP_TEST_KILLS") == "all" {
 		percents = []int64{10, 50, 90}

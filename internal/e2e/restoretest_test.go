@@ -214,6 +214,7 @@ func (r *rig) through() {
 // answer is the right one, and nothing is left. PGKEEP_TEST_KILLS=all takes every
 // step.
 func TestARestoreTestSurvivesAKilledWorker(t *testing.T) {
+	t.Parallel()
 	steps := []string{"RecoverTest", "CheckTest"}
 	if os.Getenv("PGKEEP_TEST_KILLS") == "all" {
 		steps = []string{"PlanTest", "RestoreTestFiles", "RecoverTest", "CheckTest", "ReportTest", "CleanUpTest"}

@@ -53,7 +53,7 @@ func TestACrashOfPostgreSQLCostsNoSecondUpload(t *testing.T) {
 	}
 	b := s.physicalOf(s.pg)
 	b.Open = func(context.Context) (*repo.Repo, error) { return r, nil }
-	b.Readers, b.Pace.Rate = 1, 4<<20 // there is more to read when the loss is noticed
+	b.Readers, b.Pace.Rate = 1, 8<<20 // there is more to read when the loss is noticed
 	id, began := repo.NewID(time.Now(), fmt.Sprintf("%08x", 1)), time.Now().UTC()
 	if _, err := b.Preflight(t.Context(), id, began, backup.Owner{}); err != nil {
 		t.Fatal(err)
