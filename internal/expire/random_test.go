@@ -24,10 +24,11 @@ import (
 // PGKEEP_TEST_CHURN_BACKUPS is how many there are, of a larger database; if it is not
 // set, five. PGKEEP_TEST_CHURN_SEED draws another order.
 func TestBackupsThatGoInRandomOrderLeaveTheOthersWhole(t *testing.T) {
-	n, w := 5, work{rows: 16_000, groups: 4001, pace: 20 * time.Millisecond}
+	n, w := 5, work{rows: 16_000, pace: 20 * time.Millisecond}
 	if more, err := strconv.Atoi(os.Getenv("PGKEEP_TEST_CHURN_BACKUPS")); err == nil {
 		n, w.rows = more, 64_000
 	}
+	w.groups = w.rows / 32
 	seed, _ := strconv.ParseUint(cmp.Or(os.Getenv("PGKEEP_TEST_CHURN_SEED"), "1"), 10, 64)
 	rnd := rand.New(rand.NewPCG(seed, 3))
 	h := newHost(t, w)

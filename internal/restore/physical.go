@@ -222,7 +222,7 @@ func (p Physical) resolve(ctx context.Context) (Resolved, []repo.Listed, error) 
 	}
 	res, err := Resolve(ctx, p.Target, p.Backup, backups, ledger, ScanArchive(p.Repo, ledger))
 	if odd.Count > 0 {
-		missed := fmt.Sprintf("%d objects in the archive are damaged, or no files of it, and count as missing, such as %s: %s", odd.Count, odd.Told[0].Key, odd.Told[0].Why)
+		missed := fmt.Sprintf("objects in the archive that are damaged, or no files of it, and count as missing: %d, such as %s: %s", odd.Count, odd.Told[0].Key, odd.Told[0].Why)
 		res.Notes = append(res.Notes, missed+"; the way to the target does not need them, and pgkeep wal audit names them")
 		if err != nil {
 			err = fail.Hint(err, strings.TrimPrefix(fail.HintOf(err)+"; ", "; ")+missed+"; pgkeep wal audit names them")

@@ -206,7 +206,7 @@ func TestTheLatestMomentBringsBackNothingThatWasUndone(t *testing.T) {
 			}
 		}
 		s.own()
-		const many = "151 objects in the archive are damaged"
+		const many = "count as missing: 151, such as "
 		plan, err := s.physical("many-fork", restore.Target{Kind: restore.ToName, Name: "fork", Timeline: 1}).Plan(t.Context())
 		if err != nil || !slices.ContainsFunc(plan.Notes, func(note string) bool {
 			return strings.Contains(note, many) && strings.Contains(note, "pgkeep wal audit")
