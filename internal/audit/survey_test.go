@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -36,7 +37,7 @@ type archive struct {
 type counted struct {
 	store.Store
 	listed int
-	got    int                 // objects of which something was read
+	got    atomic.Int64        // objects of which something was read
 	before func(prefix string) // nil: nothing
 }
 
@@ -55,7 +56,7 @@ func (c *counted) List(ctx context.Context, prefix, after string) iter.Seq2[stor
 }
 
 func (c *counted) Get(ctx context.Context, key string, part store.Range) (io.ReadCloser, error) {
-	c.got++
+	c.got.Add(1)
 	return c.Store.Get(ctx, key, part)
 }
 
@@ -227,7 +228,7 @@ func TestC3ManyDamagedObjectsEndNoAudit(t *testing.T) {
 	for n := range 150 {
 		b.fake(pg.HistoryName(pg.Timeline(n + 2)).String())
 	}
-	b.st.got = 0
+	b.st.got.Store(0)
 	l, odd, err := audit.Survey(t.Context(), b.r, b.a, audit.Ledger{})
 	if !errors.Is(err, fail.Corrupt) || !errors.Is(odd.Bad, fail.Corrupt) || len(l.Timelines) > 0 && len(l.Timelines[0].Ranges) > 0 || !strings.Contains(err.Error(), "of no archived segment") {
 		t.Errorf("where nothing can be read: %d odd, %v", odd.Count, err)
@@ -235,14 +236,14 @@ func TestC3ManyDamagedObjectsEndNoAudit(t *testing.T) {
 	if _, err := audit.Take(t.Context(), b.r, "main", nil, time.Now()); !errors.Is(err, fail.Corrupt) {
 		t.Errorf("an audit of it: %v", err)
 	}
-	b.st.got = 0
+	b.st.got.Store(0)
 	b.put(spot{1, 2047}.name().String(), make([]byte, segment)) // 1999 is the last before it that is damaged
 	l, odd, err = audit.Survey(t.Context(), b.r, b.a, audit.Ledger{})
 	if err != nil || !errors.Is(odd.Bad, fail.Corrupt) || len(odd.Told) != 100 || odd.Count < 250 || l.SegmentSize != segment {
 		t.Fatalf("segments of %d, %d odd, %d told, %v, %v", l.SegmentSize, odd.Count, len(odd.Told), odd.Bad, err)
 	}
-	if b.st.got > 300 {
-		t.Errorf("%d objects were read", b.st.got)
+	if n := b.st.got.Load(); n > 300 {
+		t.Errorf("%d objects were read", n)
 	}
 	r := l.Timelines[0].Ranges
 	if last := r[len(r)-1]; last.From != 2047<<20 || last.To != 2048<<20 {

@@ -48,7 +48,8 @@ type host struct {
 }
 
 // work is what a host does beside its rows: with the n-th, those of so many others
-// change of which the number is n, modulo groups. What they hold tells how often.
+// change of which the number is n, modulo groups, each on a page of its own. What they
+// hold tells how often.
 type work struct {
 	rows, groups int
 	pace         time.Duration // between two
@@ -101,7 +102,7 @@ clusters: {main: {conninfo: "host=/nowhere"}}
 	h.pg = lab.PostgresForTest(t, lab.PostgresOptions{WALSegmentMB: 1, Settings: map[string]string{"wal_keep_size": "200MB",
 		"archive_mode": "on", "archive_command": h.program + " push --config " + h.config + " %p"}})
 	h.must(h.pg.Exec(t.Context(), "postgres", "CREATE TABLE ticks (id int PRIMARY KEY)",
-		fmt.Sprintf("CREATE TABLE work WITH (fillfactor = 80) AS SELECT i, 0 AS n, repeat(md5(i || ':0'), 20) AS x FROM generate_series(1, %d) i", w.rows),
+		fmt.Sprintf("CREATE TABLE work WITH (fillfactor = 80) AS SELECT i, 0 AS n, repeat(md5(i || ':0'), 20) AS x FROM generate_series(1, %d) i ORDER BY md5(i::text)", w.rows),
 		fmt.Sprintf("CREATE INDEX ON work ((i %% %d))", w.groups), "ANALYZE work"))
 	h.conn, err = h.pg.Connect(t.Context(), "postgres")
 	h.must(err)
@@ -123,7 +124,8 @@ func (h *host) load() (stop func()) {
 	failed := make(chan error, 1)
 	go func() {
 		var err error
-		for err == nil && ctx.Err() == nil {
+		for last := false; err == nil && !last; { // one more after stop, so that the log goes on behind every mark
+			last = ctx.Err() != nil
 			h.mu.Lock()
 			next := h.ticks + 1
 			_, err = h.conn.Exec(context.WithoutCancel(ctx), fmt.Sprintf("INSERT INTO ticks VALUES (%d); UPDATE work SET n = n + 1, x = repeat(md5(i || ':' || n + 1), 20) WHERE i %% %d = %d", next, h.groups, next%h.groups))
