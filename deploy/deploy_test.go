@@ -343,6 +343,9 @@ func TestConfigurationFitsTheStack(t *testing.T) {
 	if init := all.Services["init"].Command; len(init) != 1 || !strings.Contains(init[0], "--new-identity "+string(c.Keys.Identity)+"\n") {
 		t.Errorf("nobody makes %s: %q", c.Keys.Identity, init)
 	}
+	if init := all.Services["init"].Command[0]; len(c.Schedules) != 1 || !strings.Contains(init, "pgkeep backup --detach --kind "+string(c.Schedules[0].Kind)+" main ") {
+		t.Errorf("the first backup is of another kind than those to come, %v: %s", c.Schedules, init)
+	}
 }
 
 // Grafana finds what Prometheus has, and the dashboard.

@@ -9,7 +9,7 @@ psql -v ON_ERROR_STOP=1 --username "$POSTGRES_USER" --dbname "$POSTGRES_DB" <<'S
 \getenv password PGKEEP_PASSWORD
 CREATE ROLE shop;
 CREATE ROLE pgkeep LOGIN CREATEDB BYPASSRLS PASSWORD :'password';
-GRANT pg_read_all_data, shop TO pgkeep;
+GRANT pg_read_all_data, pg_monitor, shop TO pgkeep;
 
 ALTER DATABASE shop OWNER TO shop;
 SET ROLE shop;
