@@ -27,6 +27,11 @@ func Expect(p restore.Physical, plan restore.PhysicalPlan) Test {
 		if plan.Last != nil {
 			t.AtLeast = max(t.AtLeast, plan.Last.LSN)
 		}
+	case restore.ToTime:
+		t.Timeline = timeline
+		if plan.Stop != nil {
+			t.Recovery.Target.Stop = plan.Stop.LSN
+		}
 	default:
 		t.Timeline = timeline
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/pgkeep/pgkeep/internal/fail"
 	"github.com/pgkeep/pgkeep/internal/lab"
 	"github.com/pgkeep/pgkeep/internal/pg"
+	"github.com/pgkeep/pgkeep/internal/proof"
 	"github.com/pgkeep/pgkeep/internal/restore"
 )
 
@@ -130,6 +131,12 @@ func TestATimeMeansWhatItMeansToPostgreSQL(t *testing.T) {
 					delete(really, ask)
 					told.exact(fmt.Sprintf("r%d", plans), target, 1, want)
 					told.byItself(fmt.Sprintf("i%d", plans), target, want)
+					if exclusive { // a restore test does the same, and one is enough
+						rep := s.prove(fmt.Sprintf("p%d", plans), target, int64(len(want)), func(restore.PhysicalPlan) {})
+						if rep.Verdict != proof.Passed {
+							t.Errorf("%+v: a restore test finds: %s", ask, rep.Summary())
+						}
+					}
 				}
 			}
 		}

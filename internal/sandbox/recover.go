@@ -21,6 +21,7 @@ import (
 // zero Target is the end of the archive.
 type Target struct {
 	Time      time.Time `json:"time,omitzero"` // of commits
+	Stop      pg.LSN    `json:"stop,omitzero"` // of Time: the record to end before; 0: PostgreSQL looks for it
 	LSN       pg.LSN    `json:"lsn,omitzero"`
 	XID       uint32    `json:"xid,omitempty"`       // the end of a transaction
 	Name      string    `json:"name,omitempty"`      // of a restore point
@@ -47,6 +48,8 @@ func (t Target) String() string {
 func (t Target) settings() map[string]string {
 	set := map[string]string{"recovery_target_action": "promote", "recovery_target_inclusive": strconv.FormatBool(!t.Exclusive)}
 	switch {
+	case t.Stop != 0:
+		set["recovery_target_lsn"], set["recovery_target_inclusive"] = t.Stop.String(), "false"
 	case !t.Time.IsZero():
 		set["recovery_target_time"] = t.Time.UTC().Format("2006-01-02 15:04:05.999999+00")
 	case t.LSN != 0:
