@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/pgkeep/pgkeep/internal/config"
 	"github.com/pgkeep/pgkeep/internal/durable"
@@ -30,6 +32,7 @@ func (e *env) initSystemd(dir string) error {
 			return fmt.Errorf("where is the configuration? %w", err)
 		}
 	}
+	opt.Writable = writable(cfg)
 	units, err := systemd.Units(opt)
 	if err != nil {
 		return err
@@ -52,6 +55,18 @@ func (e *env) initSystemd(dir string) error {
 	}
 	e.say("next: systemctl daemon-reload, and systemctl enable --now pgkeep-worker; pgkeep-server only if you have no Temporal")
 	return nil
+}
+
+// writable are the places outside of pgkeep's own that a worker writes to.
+func writable(cfg *config.Config) []string {
+	dirs := append([]config.Path{cfg.Spool, cfg.RestoreTest.Directory, config.Path(cfg.Repository.URL.Dir)}, cfg.RestoreDirs...)
+	var others []string
+	for _, dir := range dirs {
+		if dir != "" && !strings.HasPrefix(string(dir)+"/", "/var/lib/pgkeep/") && !slices.Contains(others, string(dir)) {
+			others = append(others, string(dir))
+		}
+	}
+	return others
 }
 
 // writeUnit makes a service file. One that is there and says something else is

@@ -18,6 +18,9 @@ type Unit struct{ Name, Text string }
 type Options struct {
 	Programs string // directory; "": /usr/bin
 	Config   string // file; "": /etc/pgkeep/pgkeep.yaml
+	// Writable are directories outside /var/lib/pgkeep that the worker writes to. One
+	// that is not there when it starts is not there for it.
+	Writable []string
 }
 
 // Units are the services of a worker and of a server, by name.
@@ -41,9 +44,23 @@ func Units(opt Options) ([]Unit, error) {
 			// A condition is no command line: nothing but % is special there.
 			u.Text = strings.NewReplacer(condition+file, condition+strings.ReplaceAll(opt.Config, "%", "%%"), file, word(opt.Config)).Replace(u.Text)
 		}
+		if u.Name == "pgkeep-worker.service" && len(opt.Writable) > 0 {
+			const before = "StateDirectoryMode="
+			u.Text = strings.Replace(u.Text, before, "ReadWritePaths="+places(opt.Writable)+"\n"+before, 1)
+		}
 		all = append(all, u)
 	}
 	return all, nil
+}
+
+// places is a list of directories that need not be there: systemd.exec(5),
+// ReadWritePaths.
+func places(dirs []string) string {
+	words := make([]string, len(dirs))
+	for i, dir := range dirs {
+		words[i] = `"-` + strings.NewReplacer("%", "%%", `\`, `\\`, `"`, `\"`).Replace(dir) + `"`
+	}
+	return strings.Join(words, " ")
 }
 
 // word escapes what is special in a command line of a service: systemd.service(5),

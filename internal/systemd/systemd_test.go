@@ -19,7 +19,7 @@ import (
 // are used here. A word that systemd does not know it only warns of.
 var known = map[string]string{
 	"Unit": "Description Documentation Wants After Before ConditionPathExists StartLimitIntervalSec",
-	"Service": `Type User Group DynamicUser ExecStart EnvironmentFile Restart RestartSec RestartPreventExitStatus KillMode KillSignal TimeoutStopSec
+	"Service": `Type User Group ReadWritePaths DynamicUser ExecStart EnvironmentFile Restart RestartSec RestartPreventExitStatus KillMode KillSignal TimeoutStopSec
 		StateDirectory StateDirectoryMode UMask Nice IOSchedulingClass IOSchedulingPriority OOMScoreAdjust LimitCORE
 		NoNewPrivileges CapabilityBoundingSet AmbientCapabilities ProtectSystem ProtectHome PrivateTmp PrivateDevices PrivateUsers ProcSubset ProtectProc
 		ProtectClock ProtectControlGroups ProtectHostname ProtectKernelLogs ProtectKernelModules ProtectKernelTunables LockPersonality MemoryDenyWriteExecute
@@ -108,11 +108,15 @@ func TestAWorkerHasTimeToStop(t *testing.T) {
 }
 
 func TestPathsOfTheHostAreEscaped(t *testing.T) {
-	all, err := systemd.Units(systemd.Options{Programs: "/opt/pg keep", Config: "/srv/100% sure/etc/pgkeep/pgkeep.yaml"})
+	all, err := systemd.Units(systemd.Options{Programs: "/opt/pg keep", Config: "/srv/100% sure/etc/pgkeep/pgkeep.yaml", Writable: []string{"/srv/100% sure", "/mnt"}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, u := range all {
+		want := map[string]string{"pgkeep-worker.service": `["\"-/srv/100%% sure\" \"-/mnt\""]`, "pgkeep-server.service": "[]"}[u.Name]
+		if got := fmt.Sprintf("%q", values(u.Text, "ReadWritePaths")); got != want {
+			t.Errorf("%s may write to %s, want %s", u.Name, got, want)
+		}
 		if got := values(u.Text, "ExecStart")[0]; !strings.HasPrefix(got, `/opt/pg\x20keep/pgkeep`) {
 			t.Errorf("%s starts %s", u.Name, got)
 		}
@@ -148,7 +152,7 @@ func TestSystemdAgrees(t *testing.T) {
 	if err := os.WriteFile(settings, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	all, err := systemd.Units(systemd.Options{Programs: programs, Config: settings})
+	all, err := systemd.Units(systemd.Options{Programs: programs, Config: settings, Writable: []string{programs}})
 	if err != nil {
 		t.Fatal(err)
 	}
