@@ -123,6 +123,7 @@ func (p *Physical) archives(ctx context.Context) error {
 		}
 		if n == 0 {
 			p.Log.Warn("archive_command has failed; waits for it to succeed", "wal", a.Failing)
+			p.Cluster.WakeArchiver(ctx)
 		}
 		if time.Now().After(deadline) {
 			return fail.Hint(fmt.Errorf("archive_command fails on %s, and nothing was archived since: a copy is worth nothing without its log: %w", a.Failing, fail.NotArchiving),

@@ -61,6 +61,23 @@ func (c Cluster) WALArchived(ctx context.Context, upTo pg.LSN) (Archived, error)
 	return a, nil
 }
 
+// WakeArchiver has the archiver try again at once what has failed, if the role may:
+// a new segment wakes it. Where it may not, or the server is a standby, the archiver
+// comes to it within a minute.
+func (c Cluster) WakeArchiver(ctx context.Context) {
+	conn, err := c.Connect(ctx, "")
+	if err != nil {
+		return
+	}
+	defer hangUp(conn)
+	var may bool
+	err = conn.QueryRow(ctx, "SELECT NOT pg_is_in_recovery() AND has_function_privilege('pg_switch_wal()', 'EXECUTE')").Scan(&may)
+	if err == nil && may {
+		// Where nothing was written, nothing is switched.
+		_, _ = conn.Exec(ctx, "SELECT pg_logical_emit_message(false, 'pgkeep', ''), pg_switch_wal()")
+	}
+}
+
 // archivedThrough reports whether needed has been archived, last being what was
 // archived last. The archiver takes files in the order of their names, except
 // that a timeline's history goes first, and so tells nothing. The name of a

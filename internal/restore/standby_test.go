@@ -3,6 +3,7 @@ package restore_test
 import (
 	"context"
 	"errors"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -111,16 +112,30 @@ func TestABackupDoesNotBeginWhileArchivingFails(t *testing.T) {
 	s := newSite(t)
 	s.rows(3)
 	s.archived()
-	broken := s.archiving()
-	broken["archive_command"] = "false"
+	broken, mended := s.archiving(), filepath.Join(s.dir, "mended")
+	broken["archive_command"] = "test -e " + mended + " && " + broken["archive_command"]
 	if err := s.pg.Restart(t.Context(), broken); err != nil {
 		t.Fatal(err)
 	}
 	s.exec("SELECT pg_switch_wal()")
-	s.until("archiving fails", func() bool {
-		return query[bool](t, s.pg, "SELECT failed_count > 0 FROM pg_stat_archiver")
+	s.until("archiving has failed so often that it rests for a minute", func() bool {
+		return query[bool](t, s.pg, "SELECT failed_count >= 3 FROM pg_stat_archiver")
 	})
+	if err := os.WriteFile(mended, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
 	b := s.physicalOf(s.pg)
+	b.WALWait = 20 * time.Second // the archiver is woken
+	s.takeWith(b)
+
+	if err := os.Remove(mended); err != nil {
+		t.Fatal(err)
+	}
+	s.exec("INSERT INTO ledger VALUES (9000, 'one more')", "SELECT pg_switch_wal()")
+	s.until("archiving fails", func() bool {
+		return query[bool](t, s.pg, "SELECT last_failed_time > last_archived_time FROM pg_stat_archiver")
+	})
+	b = s.physicalOf(s.pg)
 	b.WALWait = time.Second
 	before := query[string](t, s.pg, "SELECT redo_lsn::text FROM pg_control_checkpoint()")
 	_, err := b.Preflight(t.Context(), repo.NewID(time.Now(), "00000001"), time.Now(), backup.Owner{})
@@ -130,9 +145,4 @@ func TestABackupDoesNotBeginWhileArchivingFails(t *testing.T) {
 	if after := query[string](t, s.pg, "SELECT redo_lsn::text FROM pg_control_checkpoint()"); after != before {
 		t.Errorf("a backup began at %s", after)
 	}
-	if err := s.pg.Restart(t.Context(), s.archiving()); err != nil {
-		t.Fatal(err)
-	}
-	b.WALWait = time.Minute // it fails no more, and soon the server knows
-	s.takeWith(b)
 }
