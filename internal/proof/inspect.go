@@ -309,7 +309,7 @@ type whole struct {
 	left int // parts
 	took time.Duration
 	rows int64
-	errs []error
+	told bool // that something is wrong: what is left is not looked at
 }
 
 // partPages is how much of a large table is read by one session at once, in pages:
@@ -344,6 +344,13 @@ func (in *inspection) parts(db string, all []relation, amcheck bool) (parts []pa
 
 func (w *worker) check(ctx context.Context, p part) {
 	w.tell("checking tables and indexes")
+	whole := p.whole
+	whole.mu.Lock()
+	told := whole.told
+	whole.mu.Unlock()
+	if told {
+		return
+	}
 	begun := time.Now()
 	var rows int64
 	errs := make([]error, 1)
@@ -360,18 +367,18 @@ func (w *worker) check(ctx context.Context, p part) {
 			rows, errs[0] = w.read(ctx, p)
 		}
 	}
-	whole := p.whole
 	whole.mu.Lock()
 	defer whole.mu.Unlock()
 	whole.left--
 	whole.took += time.Since(begun)
 	whole.rows += rows
-	whole.errs = append(whole.errs, errs...)
-	if whole.left > 0 {
+	wrong := errors.Join(errs...) != nil
+	if whole.told || !wrong && whole.left > 0 {
 		return
 	}
-	w.looked(p.check, w.named(p.relation), whole.took, whole.errs...)
-	if p.check == CheckRead && errors.Join(whole.errs...) == nil {
+	whole.told = wrong // at once: the test may be ended before the other parts are read
+	w.looked(p.check, w.named(p.relation), whole.took, errs...)
+	if p.check == CheckRead && !wrong {
 		w.counted(p.relation, whole.rows)
 	}
 }

@@ -77,7 +77,8 @@ func newRig(t *testing.T) *rig {
 		`CREATE TABLE twin_a AS SELECT i FROM generate_series(1, 500) i`,
 		`CREATE TABLE twin_b AS SELECT i + 5 AS i FROM generate_series(1, 500) i`,
 		`CREATE INDEX ON twin_a (i)`, `CREATE INDEX ON twin_b (i)`,
-		`CREATE TABLE paged (i int)`, `INSERT INTO paged SELECT generate_series(1, 1000)`, `UPDATE pg_class SET relpages = 100000 WHERE relname = 'paged'`)
+		`CREATE TABLE paged (i int)`, `INSERT INTO paged SELECT generate_series(1, 1000)`, `CREATE INDEX paged_i ON paged (i)`,
+		`UPDATE pg_class SET relpages = 100000 WHERE relname LIKE 'paged%'`)
 	r.exec(t, "postgres", "SET allow_in_place_tablespaces = on", "CREATE TABLESPACE inside LOCATION ''", "CREATE TABLE within (i int) TABLESPACE inside", "INSERT INTO within VALUES (1)")
 	r.exec(t, "shop",
 		"CREATE TABLE items (id bigint PRIMARY KEY, price numeric) TABLESPACE fast",
@@ -85,7 +86,7 @@ func newRig(t *testing.T) *rig {
 		// What the source does to whoever opens it.
 		"CREATE FUNCTION spy() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'the event trigger fired'; END $$",
 		"CREATE EVENT TRIGGER spy ON ddl_command_start EXECUTE FUNCTION spy()")
-	for _, rel := range []string{"orders", "orders_pkey", "orders_name", "orders_icu", "names", "parts_1", "twin_a", "twin_b", "twin_a_i_idx"} {
+	for _, rel := range []string{"orders", "orders_pkey", "orders_name", "orders_icu", "names", "parts_1", "twin_a", "twin_b", "twin_a_i_idx", "paged_i", "paged"} {
 		r.paths[rel] = r.text(t, "postgres", "SELECT pg_relation_filepath('"+rel+"')")
 	}
 	r.paths["toast"] = r.text(t, "postgres", "SELECT pg_relation_filepath(reltoastrelid) FROM pg_class WHERE relname = 'orders'")
