@@ -133,8 +133,8 @@ func TestATimeMeansWhatItMeansToPostgreSQL(t *testing.T) {
 					told.byItself(fmt.Sprintf("i%d", plans), target, want)
 					if exclusive { // a restore test does the same, and one is enough
 						rep := s.prove(fmt.Sprintf("p%d", plans), target, int64(len(want)), func(restore.PhysicalPlan) {})
-						if rep.Verdict != proof.Passed {
-							t.Errorf("%+v: a restore test finds: %s", ask, rep.Summary())
+						if rep.Verdict != proof.Passed || !strings.Contains(rep.Reason, "before WAL location") {
+							t.Errorf("%+v: a restore test ends by %q and finds: %s", ask, rep.Reason, rep.Summary())
 						}
 					}
 				}

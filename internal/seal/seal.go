@@ -23,8 +23,8 @@ import (
 type Compressor struct{ enc *zstd.Encoder }
 
 // frameSize is the most content of a frame, in bytes. What fits the nearer caches
-// of a processor is compressed a fifth faster than twice or four times as much;
-// of PostgreSQL's pages and log it makes no more.
+// of a processor is compressed a fifth faster than twice or four times as much. Of
+// PostgreSQL's log it makes no more; of pages that compress 20 to 1, 4 % more.
 const frameSize = 64 << 10
 
 // NewCompressor returns a Compressor at zstd's fastest level.
